@@ -1,0 +1,19 @@
+"""What does it cost to train part of a network? Exactly, and before it runs.
+
+>>> import torch, frostline as fl
+>>> model = torch.nn.Linear(16, 4)
+>>> trace = fl.trace(model, torch.randn(8, 16), loss=lambda y: y.sum())
+>>> trace.cost(train="weight").saved_bytes  # the input: 8 * 16 * 4 bytes
+512
+>>> trace.cost(train="bias").saved_bytes
+0
+"""
+
+from frostline.costing.cost import Cost
+from frostline.costing.formulas import register_flops
+from frostline.errors import FrostlineError
+from frostline.subsets import Subset
+from frostline.tracing.trace import Trace, trace
+
+__version__ = "0.1.0"
+__all__ = ["Cost", "FrostlineError", "Subset", "Trace", "register_flops", "trace"]

@@ -1,0 +1,1 @@
+"""Trace, subset and method to a Cost: FLOPs, bytes, and how each figure is known."""

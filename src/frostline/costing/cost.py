@@ -1,0 +1,238 @@
+"""``trace.cost``: the figures of one subset by one method, each with how it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from frostline.costing.engine import Entry, Ledger
+from frostline.costing.optimizers import OptimizerModel, optimizer_model
+from frostline.errors import FrostlineError, TraceError
+from frostline.subsets import Subset, resolve
+
+if TYPE_CHECKING:
+    from frostline.costing.breakdown import Row
+    from frostline.tracing.trace import Trace
+
+METHODS = ("freeze", "optimizer-only", "backward-inputs")
+FIGURES = (
+    "forward_flops", "grad_input_flops", "grad_weight_flops", "recompute_flops", "backward_flops", "step_flops",
+    "saved_bytes", "gradient_bytes", "optimizer_bytes", "parameter_bytes", "moved_bytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SliceNeeds:
+    """What the trained slices alone would need, beside what eager torch pays for their whole tensors."""
+
+    elements: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    grad_weight_flops: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training step costs. FLOPs count a multiply-add as 2; bytes are bytes.
+
+    Attributes:
+        forward_flops: everything before the loss returns.
+        grad_input_flops, grad_weight_flops: backward towards what depends on the step's inputs, and towards what is
+            computed from parameters alone.
+        recompute_flops: forward work done again by activation checkpointing.
+        saved_bytes: storages autograd still holds when the loss returns, outside parameters and buffers.
+        gradient_bytes: ``.grad`` of every parameter that gets one.
+        optimizer_bytes: the optimizer's state for the subset, after its first step.
+        parameter_bytes: the model's parameters, trained or not.
+        moved_bytes: bytes read and written by every op that is not a view; `predicted` (caches are not modelled).
+        basis: figure -> ``"exact"``, ``"predicted"`` or ``"assumed"``, the last with what was assumed.
+        uncounted: op -> modules it runs in, for ops without a FLOP formula; not in any total.
+    """
+
+    subset: Subset
+    method: str
+    optimizer: str
+    forward_flops: int
+    grad_input_flops: int
+    grad_weight_flops: int
+    recompute_flops: int
+    saved_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    parameter_bytes: int
+    moved_bytes: int
+    basis: Mapping[str, str]
+    uncounted: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
+    slice_needs: SliceNeeds | None = None
+    peak_bytes: int | None = None
+    step_seconds: float | None = None
+    trace: Trace = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+    _flags: tuple[Ledger, int, int] = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+
+    @property
+    def backward_flops(self) -> int:
+        return self.grad_input_flops + self.grad_weight_flops + self.recompute_flops
+
+    @property
+    def step_flops(self) -> int:
+        return self.forward_flops + self.backward_flops
+
+    @property
+    def num_trained(self) -> int:
+        """Elements that train."""
+        return self.subset.num_parameters()
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of the whole model."""
+        return sum(p.numel() for p in self.trace.parameters.values())
+
+    @cached_property
+    def full(self) -> Cost:
+        """The same step with everything trained: what shares are shares of."""
+        return self.trace.cost("@all", method="freeze", optimizer=self._optimizer)
+
+    @property
+    def _optimizer(self) -> Any:
+        return self.__dict__.get("_asked_optimizer", self.optimizer)
+
+    def by_module(self, depth: int = 2) -> list[Row]:
+        """Rows per module down to ``depth`` names; they add up to the totals."""
+        from frostline.costing.breakdown import by_module
+
+        return by_module(self, depth)
+
+    def by_op(self) -> list[Row]:
+        """Rows per op of the forward (its backward beside it)."""
+        from frostline.costing.breakdown import by_op
+
+        return by_op(self)
+
+    def by_parameter(self) -> list[Row]:
+        """Rows per trained parameter, and one for the grad_input path that they share."""
+        from frostline.costing.breakdown import by_parameter
+
+        return by_parameter(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure, for JSON."""
+        from frostline.reports.data import cost_to_dict
+
+        return cost_to_dict(self)
+
+    def __str__(self) -> str:
+        from frostline.reports.text import cost_line
+
+        return cost_line(self)
+
+    def _repr_html_(self) -> str:
+        from frostline.reports.html import cost_html
+
+        return cost_html(self)
+
+
+def cost(trace: Trace, train: Any, method: str, optimizer: Any) -> Cost:
+    """See `frostline.tracing.trace.Trace.cost`."""
+    if method not in METHODS:
+        raise FrostlineError(f"no method {method!r}; there is {', '.join(METHODS)}")
+    subset = train if isinstance(train, Subset) and train.shapes else resolve(train, trace.model)
+    keeps = optimizer_model(optimizer)
+    numbering = trace.parameter_numbers
+    numbers = frozenset([numbering[name] for name in subset.names])
+    engine = trace._coster
+    ledger, sums, retraced, forward, backward = engine.evaluate(numbers, method)
+    if sums.refusal:
+        raise FrostlineError(f"torch refuses method {method!r} for this model: {sums.refusal}")
+    trained = [n for n in sorted(numbers) if sums.trained >> n & 1]
+    if not trained:
+        raise TraceError(_cut(trace, subset))
+    return _assemble(trace, subset, method, keeps, optimizer, ledger, sums, retraced, trained, (forward, backward))
+
+
+def _assemble(
+    trace: Trace, subset: Subset, method: str, keeps: OptimizerModel, optimizer: Any, ledger: Ledger, sums: Entry,
+    retraced: bool, trained: list[int], flags: tuple[int, int],
+) -> Cost:  # fmt: skip
+    parameters = trace.parameter_list
+    gets_grad = [n for n in range(len(parameters)) if sums.trained >> n & 1]
+    uncounted: dict[str, list[str]] = {}
+    for op, module in sorted(sums.uncounted):
+        uncounted.setdefault(op, []).append(module)
+    for node in ledger.graph.unmatched:
+        uncounted.setdefault(f"autograd node {node}", []).append("")
+    notes = [*trace.notes]
+    if retraced:
+        notes.append(f"traced again for this subset: {trace.diverges}")
+    unreached = tuple([n for n in subset.names if trace.parameter_numbers[n] not in trained])
+    result = Cost(
+        subset=subset,
+        method=method,
+        optimizer=keeps.name,
+        forward_flops=sums.forward_flops,
+        grad_input_flops=sums.grad_input_flops,
+        grad_weight_flops=sums.grad_weight_flops,
+        recompute_flops=sums.recompute_flops,
+        saved_bytes=ledger.bytes_of(sums.held),
+        gradient_bytes=sum([trace.gradient_bytes[n] for n in gets_grad]),
+        optimizer_bytes=sum([keeps.state_bytes(parameters[n]) for n in trained]),
+        parameter_bytes=trace.parameter_bytes,
+        moved_bytes=sums.moved_bytes,
+        basis=_basis(trace, sums),
+        uncounted={op: tuple(modules) for op, modules in uncounted.items()},
+        notes=tuple(notes),
+        unreached=unreached,
+        slice_needs=_slice_needs(trace, subset, keeps),
+        trace=trace,
+        _flags=(ledger, *flags),
+    )
+    result.__dict__["_asked_optimizer"] = optimizer
+    return result
+
+
+def _basis(trace: Trace, sums: Entry) -> dict[str, str]:
+    how = "exact"
+    if trace.assumptions:
+        how = f"assumed: {'; '.join(trace.assumptions)}"
+    basis = dict.fromkeys(FIGURES, how)
+    basis["parameter_bytes"] = "exact"
+    basis["moved_bytes"] = "predicted"
+    basis["peak_bytes"] = basis["step_seconds"] = "not predicted yet"
+    if sums.unconfirmed and how == "exact":
+        basis["saved_bytes"] = f"predicted: the fake kernels' word for {', '.join(sorted(sums.unconfirmed))}"
+    return basis
+
+
+def _slice_needs(trace: Trace, subset: Subset, keeps: OptimizerModel) -> SliceNeeds | None:
+    if not subset.slices:
+        return None
+    gradient = optimizer = elements = 0
+    for name in subset.slices:
+        parameter: Tensor = trace.parameters[name]
+        part = subset.num_elements(name)
+        elements += part
+        gradient += part * parameter.element_size()
+        optimizer += keeps.state_bytes(parameter.detach().new_empty(part, device="meta"))
+    return SliceNeeds(elements, gradient, optimizer, 0)
+
+
+def _cut(trace: Trace, subset: Subset) -> str:
+    """Which module used the subset last before its path to the loss was cut."""
+    numbers = [trace.parameter_numbers[name] for name in subset.names]
+    bits = sum(1 << n for n in numbers)
+    last = None
+    for unit in trace._coster.ledger.units:
+        if any(b & bits for b in unit.behind):
+            last = unit
+    names = ", ".join(subset.names[:3]) + (", ..." if len(subset.names) > 3 else "")
+    if last is None:
+        return f"the loss does not reach {names}: no op of the step uses it where a gradient could flow"
+    return (
+        f"the loss does not reach {names}: the path ends in module {last.module or '(the model)'!r}, "
+        f"after {last.call.name} (detached, under no_grad, or its result is not used)"
+    )

@@ -1,0 +1,109 @@
+"""What an optimizer keeps: asked of torch's own class, on tensors without memory."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from frostline.errors import OptimizerError
+from frostline.tracing.calls import TensorMeta, describe
+
+
+def known() -> dict[str, type[torch.optim.Optimizer]]:
+    """Every optimizer class of ``torch.optim``, by lower-case name."""
+    found = {
+        name.lower(): value
+        for name, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+    return found
+
+
+class OptimizerModel:
+    """Bytes of state that one optimizer keeps for a parameter, once it has stepped.
+
+    Args:
+        optimizer: a name in ``torch.optim`` (any case), an Optimizer class, a callable ``(params) -> Optimizer`` such as
+            a partial, or an Optimizer whose class and settings are taken.
+
+    Raises:
+        OptimizerError: the name is unknown, or the optimizer cannot be asked on tensors without values (LBFGS).
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        if isinstance(optimizer, str):
+            classes = known()
+            if optimizer.lower() not in classes:
+                import difflib
+
+                close = difflib.get_close_matches(optimizer.lower(), classes, n=3, cutoff=0.4)
+                hint = f"closest: {', '.join(close)}" if close else f"torch.optim has {', '.join(sorted(classes))}"
+                raise OptimizerError(f"no optimizer {optimizer!r} in torch.optim; {hint}")
+            make: Any = classes[optimizer.lower()]
+        elif isinstance(optimizer, torch.optim.Optimizer):
+            settings = {k: v for k, v in optimizer.defaults.items() if k in inspect.signature(type(optimizer)).parameters}
+            make = functools.partial(type(optimizer), **settings)
+        elif callable(optimizer):
+            make = optimizer
+        else:
+            raise OptimizerError(f"optimizer must be a name, a class or an Optimizer, got {type(optimizer).__name__}")
+        base = make.func if isinstance(make, functools.partial) else make
+        self.name = getattr(base, "__name__", str(base))
+        if isinstance(base, type) and issubclass(base, torch.optim.LBFGS):
+            raise OptimizerError("LBFGS keeps a history that depends on how the run goes: its state has no fixed size")
+        self._make = make
+        self._known: dict[TensorMeta, int] = {}
+
+    def state_bytes(self, parameter: Tensor, *, sparse: bool = False) -> int:
+        """Bytes of state for one parameter after a step (step counts included)."""
+        meta = describe(parameter)
+        if meta.device == "meta":
+            meta = TensorMeta(meta.shape, meta.stride, meta.dtype, "cpu", meta.layout)
+        if meta not in self._known:
+            self._known[meta] = self._ask(meta)
+        return self._known[meta]
+
+    def _ask(self, meta: TensorMeta) -> int:
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=meta.device)
+            parameter = nn.Parameter(data)
+            parameter.grad = torch.empty_like(data)
+            try:
+                optimizer = self._make([parameter])
+                optimizer.step()
+            except Exception as error:
+                raise OptimizerError(
+                    f"{self.name} could not be asked what it keeps for a parameter of shape {meta.shape} and "
+                    f"{meta.dtype}: {error}"
+                ) from error
+            tensors = [t for state in optimizer.state.values() for t in _tensors(state)]
+            return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for item in value.values() for t in _tensors(item)]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in _tensors(item)]
+    return []
+
+
+_models: dict[Any, OptimizerModel] = {}
+
+
+def optimizer_model(optimizer: Any) -> OptimizerModel:
+    """The model of ``optimizer``, remembered for names and classes."""
+    if isinstance(optimizer, (str, type)):
+        if optimizer not in _models:
+            _models[optimizer] = OptimizerModel(optimizer)
+        return _models[optimizer]
+    return OptimizerModel(optimizer)

@@ -1,0 +1,29 @@
+"""Every error of frostline's that a caller can cause. ``assert`` is for what only a bug of ours can break."""
+
+from __future__ import annotations
+
+__all__ = ["FrostlineError", "OptimizerError", "SubsetError", "TargetError", "TraceError", "UncountedOpError"]
+
+
+class FrostlineError(Exception):
+    """Base of every error that a caller can cause: catch this one to catch them all."""
+
+
+class SubsetError(FrostlineError):
+    """``train=`` names nothing, names what is not in the model, or names what cannot train."""
+
+
+class TraceError(FrostlineError):
+    """The model, its inputs or its loss could not be run and recorded."""
+
+
+class OptimizerError(FrostlineError):
+    """``optimizer=`` is not known, or its state cannot be counted."""
+
+
+class TargetError(FrostlineError):
+    """The command line's TARGET could not be loaded, or does not give a model."""
+
+
+class UncountedOpError(FrostlineError):
+    """An op has no count, so that a total would be too low."""

@@ -1,0 +1,1 @@
+"""One distinct op call and a gradient mask to what autograd saves, runs and computes."""

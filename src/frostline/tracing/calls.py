@@ -1,0 +1,170 @@
+"""What a trace records: op calls, as metadata and wiring, never as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+class Side(IntEnum):
+    """What a tensor was computed from; an op's result takes the greatest side among its arguments."""
+
+    CONSTANT = 0  # factories and buffers
+    WEIGHT = 1  # parameters (and constants) alone: its gradient is grad_weight
+    DATA = 2  # the step's inputs, or random numbers: its gradient is grad_input
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """What an op can know of a tensor without its values. ``stride`` is () for layouts that have none."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    layout: torch.layout = torch.strided
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements, each counted once (an expanded tensor holds fewer)."""
+        return self.numel * self.dtype.itemsize
+
+
+def describe(tensor: Tensor) -> TensorMeta:
+    """The metadata of ``tensor``; works for fake, meta, sparse and subclassed tensors."""
+    strided = tensor.layout is torch.strided
+    return TensorMeta(
+        tuple(map(int, tensor.shape)),
+        tuple(map(int, tensor.stride())) if strided else (),
+        tensor.dtype,
+        str(tensor.device),
+        tensor.layout,
+    )
+
+
+# Where a gradient flows to: (index of an autograd node in the tape, which of its outputs), or a leaf as (-1, index).
+Edge = tuple[int, int]
+
+
+@dataclass(slots=True)
+class Slot:
+    """One tensor at the moment an op call received or returned it."""
+
+    meta: TensorMeta
+    value: int  # which tensor object of the trace
+    storage: int  # which storage of the trace
+    side: Side = Side.CONSTANT
+    edge: Edge | None = None  # None: no gradient flows to it
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.edge is not None and self.edge[0] < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Stands in a call's arguments where input number ``index`` goes."""
+
+    index: int
+
+
+Kind = Literal["op", "torch", "function", "checkpoint"]
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One recorded call.
+
+    ``op``: an ATen (or custom) overload as it arrives below autograd. ``torch``: the torch function around ops.
+    ``function``: ``autograd.Function.apply``. ``checkpoint``: a checkpointed region. All but ops have ``children``:
+    the calls that ran inside.
+    """
+
+    kind: Kind
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[Slot]
+    module: str
+    grad_enabled: bool
+    autocast: tuple[Any, ...] = ()
+    outputs: list[Slot] = field(default_factory=list)
+    output_spec: Any = None  # the structure of the result, with Holes for tensors
+    children: list[Call] = field(default_factory=list)
+    recompute: list[Call] = field(default_factory=list)  # reentrant checkpoint: what its backward runs again
+    options: dict[str, Any] = field(default_factory=dict)  # a checkpoint's
+    captured: list[Slot] = field(default_factory=list)  # tensors used inside that are not among the inputs
+    first_node: int = 0  # autograd's sequence numbers while it ran: [first_node, end_node)
+    end_node: int = 0
+    opaque: bool = False  # a torch call that must be probed as a whole
+    index: int = -1  # position among the tape's units
+
+    @property
+    def name(self) -> str:
+        target = self.target
+        if self.kind == "op":
+            return str(target)
+        if self.kind == "checkpoint":
+            return "checkpoint"
+        return getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)
+
+    def ops(self) -> Iterator[Call]:
+        """Every op call that ran inside, in order."""
+        if self.kind == "op":
+            yield self
+        for child in self.children:
+            yield from child.ops()
+
+
+def template(value: Any, take: Callable[[Tensor], int]) -> Any:
+    """``value`` with a `Hole` for every tensor; ``take`` is given each tensor and returns its input number."""
+    if isinstance(value, Tensor):
+        return Hole(take(value))
+    if type(value) in (tuple, list):
+        return type(value)(template(item, take) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple, as torch.max returns
+        return type(value)(*(template(item, take) for item in value))
+    if isinstance(value, tuple):  # torch.return_types: built from one sequence
+        return type(value)(template(item, take) for item in value)
+    if isinstance(value, dict) and type(value) is dict:
+        return {key: template(item, take) for key, item in value.items()}
+    return value
+
+
+def fill(value: Any, tensors: Any) -> Any:
+    """Put ``tensors[i]`` where ``Hole(i)`` stands."""
+    if isinstance(value, Hole):
+        return tensors[value.index]
+    if type(value) in (tuple, list):
+        return type(value)(fill(item, tensors) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(fill(item, tensors) for item in value))
+    if isinstance(value, tuple):
+        return type(value)(fill(item, tensors) for item in value)
+    if isinstance(value, dict) and type(value) is dict:
+        return {key: fill(item, tensors) for key, item in value.items()}
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors inside nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)

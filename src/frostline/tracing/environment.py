@@ -1,0 +1,121 @@
+"""Lending a model other tensors for a while, and putting everything back.
+
+A trace runs the user's own forward, so whatever that forward touches must be undone: parameters, buffers
+(batch-norm statistics), tensors kept as plain attributes, attributes the forward sets, hooks, modes, RNG state.
+Modules are restored from a copy of their ``__dict__``, so nothing is listed by name.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Replace = Callable[[Tensor], Tensor]
+_CONTAINERS = (dict, list, set)
+
+
+def _shallow(value: Any) -> Any:
+    """A copy one level down, so that a container changed in place can be restored."""
+    return value.copy() if isinstance(value, _CONTAINERS) else value
+
+
+def _restore(value: Any, saved: Any) -> None:
+    if isinstance(value, list):
+        value[:] = saved
+    elif isinstance(value, dict):
+        value.clear()
+        dict.update(value, saved)
+    elif isinstance(value, set):
+        value.clear()
+        value.update(saved)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Restore every module's attributes, and the containers in them, as they were; also after an exception."""
+    saved = [
+        (module, dict(module.__dict__), {k: _shallow(v) for k, v in module.__dict__.items()})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, copies in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, copied in copies.items():
+                value = attributes[name]
+                if isinstance(value, _CONTAINERS) and (
+                    len(value) != len(copied) or any(a is not b for a, b in _pairs(value, copied))
+                ):
+                    _restore(value, copied)
+
+
+def _pairs(value: Any, copied: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        if value.keys() != copied.keys():
+            yield None, value
+        yield from ((value.get(key), copied[key]) for key in copied)
+    elif isinstance(value, list):
+        yield from zip(value, copied, strict=True)
+    elif value != copied:
+        yield None, value
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Restore the random number generators of torch (every device in use), NumPy and Python."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.random.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def swapped(model: nn.Module, parameter: Replace, buffer: Replace, attribute: Replace) -> Iterator[None]:
+    """Let ``model`` run on other tensors: each parameter, buffer and plain tensor attribute replaced by a callable.
+
+    The callables must give one replacement for one tensor, so that tied weights stay tied and a module that keeps a
+    second list of its weights (``nn.LSTM``) follows.
+    """
+    with preserved(model):
+        for module in model.modules():
+            for name, value in list(module._parameters.items()):
+                if value is not None:
+                    module._parameters[name] = parameter(value)  # type: ignore[assignment]
+            for name, held in list(module._buffers.items()):
+                if held is not None:
+                    module._buffers[name] = buffer(held)
+            for name, value in list(module.__dict__.items()):
+                if name not in ("_parameters", "_buffers", "_modules"):
+                    replaced = _replace_tensors(value, parameter, buffer, attribute)
+                    if replaced is not value:
+                        module.__dict__[name] = replaced
+        yield
+
+
+def _replace_tensors(value: Any, parameter: Replace, buffer: Replace, attribute: Replace) -> Any:
+    """Tensors held as plain attributes, also inside one list, tuple or dict (``nn.LSTM``'s ``_flat_weights``)."""
+
+    def replace(tensor: Tensor) -> Tensor:
+        return parameter(tensor) if isinstance(tensor, nn.Parameter) else attribute(tensor)
+
+    if isinstance(value, Tensor):
+        return replace(value)
+    if type(value) in (list, tuple) and any(isinstance(item, Tensor) for item in value):
+        return type(value)(replace(item) if isinstance(item, Tensor) else item for item in value)
+    if type(value) is dict and any(isinstance(item, Tensor) for item in value.values()):
+        return {key: replace(item) if isinstance(item, Tensor) else item for key, item in value.items()}
+    return value

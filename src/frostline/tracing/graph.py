@@ -1,0 +1,359 @@
+"""The tape joined with autograd's own graph: which parameters stand behind each argument, what backward reaches.
+
+Flags are carried over the edges autograd recorded (an argument's ``grad_fn`` and its ``next_functions``), never over
+tensor identity, so ``detach``, views, in-place writes and shared tensors need no rules of ours.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from frostline.tracing.calls import Call, Edge, Slot
+from frostline.tracing.recorder import Recorder
+
+# (unit, which of its outputs receive a gradient) -> the inputs that get a defined gradient, when all of them need one
+Defined = Callable[["Unit", frozenset[int]], frozenset[int]]
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """One call that is costed as a whole."""
+
+    call: Call
+    inputs: list[Slot]  # the call's own, then what it captured
+    behind: list[int]  # per input: the parameters (a bit each) a gradient to it would go on to; 0: none
+    outputs: list[Slot]
+    held: bool = False  # autograd holds what it saved when the loss returns
+    receives: frozenset[int] = frozenset()  # outputs that receive a gradient (output_nr for ops, else position)
+    ops: list[Call] = field(default_factory=list)  # the op calls of its forward
+
+    @property
+    def module(self) -> str:
+        return self.call.module
+
+
+@dataclass
+class Tape:
+    """One recorded run: with every parameter trainable, none, or a given set."""
+
+    recorder: Recorder
+    loss: Slot | None
+    excluded: frozenset[int]  # storages of parameters and buffers
+    parameter_of_leaf: dict[int, int]  # index into recorder.leaves -> parameter number
+    num_parameters: int
+    real: bool
+
+    @property
+    def calls(self) -> list[Call]:
+        return self.recorder.root.children
+
+
+def units_of(calls: Iterable[Call]) -> Iterator[Call]:
+    """The calls that are costed one by one: ops, except inside what has to be probed as a whole."""
+    for call in calls:
+        if call.kind == "torch" and not call.opaque:
+            yield from units_of(call.children)
+        else:
+            yield call
+
+
+class Graph:
+    """See the module's docstring. ``units`` are in execution order."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.recorder = tape.recorder
+        self.always = 1 << tape.num_parameters  # the bit of leaves that are no parameters: they always need a gradient
+        self._alive: list[Any] = list(self.recorder.nodes)
+        self._behind_node: dict[int, int] = {}
+        self.unmatched: list[str] = []
+        _mark_functions_opaque(tape.calls)
+        root = None if tape.loss is None or tape.loss.edge is None else tape.loss.edge
+        self._root: tuple[Any, int] | None = None
+        if root is not None and root[0] >= 0:
+            self._root = (self.recorder.nodes[root[0]], root[1])
+        self._reached = self._walk()
+        self._select_units()
+
+    # -- parameters behind an edge -------------------------------------------------------------------------------------
+
+    def behind(self, edge: Edge | None) -> int:
+        """The parameters a gradient along ``edge`` would reach, as bits."""
+        if edge is None:
+            return 0
+        if edge[0] < 0:
+            extra = self.always if edge in self.recorder.always_edges else 0
+            return self._leaf_bit(edge[1]) | extra
+        extra = self.always if edge in self.recorder.always_edges else 0
+        return self._behind(self.recorder.nodes[edge[0]]) | extra
+
+    def _leaf_bit(self, leaf: int) -> int:
+        number = self.tape.parameter_of_leaf.get(leaf)
+        return self.always if number is None else 1 << number
+
+    def _behind(self, node: Any) -> int:
+        known = self._behind_node
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            if id(top) in known:
+                stack.pop()
+                continue
+            waiting = [fn for fn, _ in top.next_functions if fn is not None and id(fn) not in known]
+            if waiting:
+                self._alive.extend(waiting)
+                stack.extend(waiting)
+                continue
+            known[id(top)] = self._bits_of(top)
+            stack.pop()
+        return known[id(node)]
+
+    def _bits_of(self, node: Any) -> int:
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and not node.next_functions:
+            return self._leaf_bit(self.recorder._leaf(variable))
+        bits = 0
+        for fn, nr in node.next_functions:
+            if fn is not None:
+                bits |= self._behind_node[id(fn)]
+                index = self.recorder._node_index.get(id(fn))
+                if index is not None and (index, nr) in self.recorder.always_edges:
+                    bits |= self.always
+        return bits
+
+    # -- what the loss reaches -----------------------------------------------------------------------------------------
+
+    def _walk(self) -> list[Any]:
+        """Every node reachable from the loss."""
+        if self._root is None:
+            return []
+        seen = {id(self._root[0])}
+        order = [self._root[0]]
+        for node in order:
+            for fn, _ in node.next_functions:
+                if fn is not None and id(fn) not in seen:
+                    seen.add(id(fn))
+                    order.append(fn)
+        self._alive.extend(order)
+        return order
+
+    def _select_units(self) -> None:
+        calls = list(units_of(self.tape.calls))
+        owners = self._match(calls)
+        enclosing = [owner for owner in self._orphans if owner is not None]
+        if enclosing:  # a node made by no op (a C++ autograd function): probe the torch call around it as a whole
+            for call in enclosing:
+                call.opaque = True
+            calls = list(units_of(self.tape.calls))
+            owners = self._match(calls)
+        self.unmatched = self._unexplained
+        self.units = [self._unit(call, index) for index, call in enumerate(calls)]
+        self._owner_of_node = {node: self.units[index] for node, index in owners.items()}
+        for node in self._reached:
+            unit = self._owner_of_node.get(id(node))
+            if unit is not None:
+                unit.held = True
+        self._find_region_outputs()
+
+    def _match(self, calls: list[Call]) -> dict[int, int]:
+        """Which unit made each reached node: by autograd's sequence numbers."""
+        made_by: dict[int, int] = {}
+        starts: list[int] = []
+        start_unit: list[int] = []
+        highest = 0
+        function_unit: dict[int, int] = {}
+        for index, unit_call in enumerate(calls):
+            if unit_call.kind == "function" or (unit_call.kind == "checkpoint" and unit_call.recompute):
+                function_unit[id(unit_call)] = index
+            for op in unit_call.ops():
+                first = op.first_node
+                if first > highest and op.grad_enabled and any(slot.edge for slot in op.inputs):
+                    made_by[first - 1] = index
+                highest = max(highest, first)
+                starts.append(first)
+                start_unit.append(index)
+        intervals = sorted(
+            (call.first_node, call.end_node, index) for index, call in enumerate(calls) if call.kind != "op"
+        )
+        interval_starts = [start for start, _, _ in intervals]
+        owners: dict[int, int] = {}
+        self._orphans: list[Call | None] = []
+        self._unexplained: list[str] = []
+        for node in self._reached:
+            if not node.next_functions and hasattr(node, "variable"):
+                continue
+            number = node._sequence_nr()
+            position = bisect_right(interval_starts, number) - 1
+            node_index = self.recorder._node_index.get(id(node), -1)
+            function_call = self.recorder.function_nodes.get(node_index)
+            if function_call is not None and id(function_call) in function_unit:
+                owners[id(node)] = function_unit[id(function_call)]
+            elif position >= 0 and number < intervals[position][1]:
+                owners[id(node)] = intervals[position][2]
+            elif number in made_by and node.name() != "CopySlices":
+                owners[id(node)] = made_by[number]
+            elif node.name() == "CopySlices" and starts:
+                owners[id(node)] = start_unit[bisect_right(starts, number) - 1]
+            elif _saves_tensors(node):
+                around = _enclosing_torch_call(self.tape.calls, number)
+                self._orphans.append(around)
+                if around is None:
+                    self._unexplained.append(node.name())
+        return owners
+
+    def _unit(self, call: Call, index: int) -> Unit:
+        call.index = index
+        inputs = list(call.inputs)
+        ops = list(call.ops())
+        if call.kind != "op":
+            _find_captured(call)
+            inputs += call.captured
+        differentiable = call.grad_enabled
+        behind = [self.behind(slot.edge) if differentiable else 0 for slot in inputs]
+        return Unit(call, inputs, behind, call.outputs, ops=ops)
+
+    def _find_region_outputs(self) -> None:
+        """A checkpointed region's outputs are what it made and others use; regions may be nested."""
+        made_in: dict[int, tuple[Call, ...]] = {}
+        seen: dict[int, set[int]] = {}
+
+        def use(slot: Slot, around: tuple[Call, ...]) -> None:
+            for region in made_in.get(slot.value, ()):
+                if region not in around and slot.value not in seen.setdefault(id(region), set()):
+                    seen[id(region)].add(slot.value)
+                    region.outputs.append(slot)
+
+        def visit(calls: Iterable[Call], around: tuple[Call, ...]) -> None:
+            for call in calls:
+                if call.kind == "op":
+                    for slot in call.inputs:
+                        use(slot, around)
+                    for slot in call.outputs:
+                        made_in.setdefault(slot.value, around)
+                    continue
+                if call.kind != "torch":
+                    for slot in call.inputs:
+                        use(slot, around)
+                is_region = call.kind == "checkpoint" and not call.recompute and not call.outputs
+                visit(call.children, (*around, call) if is_region else around)
+                visit(call.recompute[0].children if call.recompute else (), around)
+
+        visit(self.tape.calls, ())
+        if self.tape.loss is not None:
+            use(self.tape.loss, ())
+
+    # -- which outputs receive a gradient ------------------------------------------------------------------------------
+
+    def settle_receivers(self, defined: Defined) -> None:
+        """Find which outputs of each unit receive a gradient, asking ``defined`` where user code decides.
+
+        Gradients that user code leaves out (a Function returning None) end the flow there.
+        """
+        if self._root is None:
+            return
+        waiting: dict[int, int] = {}
+        for node in self._reached:
+            for fn, _ in node.next_functions:
+                if fn is not None:
+                    waiting[id(fn)] = waiting.get(id(fn), 0) + 1
+        received: dict[int, set[int]] = {id(self._root[0]): {self._root[1]}}
+        ready = [self._root[0]]
+        while ready:
+            node = ready.pop()
+            numbers = frozenset(received.get(id(node), ()))
+            passes = self._passes(node, numbers, defined) if numbers else frozenset()
+            for position, (fn, nr) in enumerate(node.next_functions):
+                if fn is None:
+                    continue
+                if position in passes:
+                    received.setdefault(id(fn), set()).add(nr)
+                waiting[id(fn)] -= 1
+                if waiting[id(fn)] == 0:
+                    ready.append(fn)
+        edges = {
+            (self.recorder._node_index[node], nr)
+            for node, numbers in received.items()
+            if node in self.recorder._node_index
+            for nr in numbers
+        }
+        for node in self._reached:
+            unit = self._owner_of_node.get(id(node))
+            if unit is not None and unit.call.kind == "op":
+                unit.receives = frozenset(received.get(id(node), ()))
+        for unit in self.units:
+            if unit.call.kind != "op":
+                unit.receives = frozenset(i for i, slot in enumerate(unit.outputs) if slot.edge in edges)
+
+    def _passes(self, node: Any, numbers: frozenset[int], defined: Defined) -> frozenset[int]:
+        unit = self._owner_of_node.get(id(node))
+        every = frozenset(range(len(node.next_functions)))
+        if unit is None or unit.call.kind != "function":
+            return every
+        gets = defined(unit, numbers)
+        direct = [hole.index for hole in _direct_tensors(unit.call)]
+        if len(direct) != len(node.next_functions):
+            return every
+        return frozenset(position for position, index in enumerate(direct) if index in gets)
+
+    def release(self) -> None:
+        """Let autograd's nodes go; nothing below needs them."""
+        self._alive.clear()
+        self._reached.clear()
+        self._owner_of_node.clear()
+        self._behind_node.clear()
+        self.recorder.nodes = [None] * len(self.recorder.nodes)
+
+
+def _direct_tensors(call: Call) -> list[Any]:
+    from frostline.tracing.calls import Hole
+
+    return [arg for arg in call.args if isinstance(arg, Hole)]
+
+
+def _mark_functions_opaque(calls: Iterable[Call]) -> None:
+    """A torch call that runs an autograd.Function (a custom op) is replayed as the torch call it is."""
+    for call in calls:
+        if call.kind == "torch":
+            if any(child.kind in ("function", "checkpoint") for child in call.children):
+                call.opaque = True
+            _mark_functions_opaque(call.children)
+
+
+def _find_captured(call: Call) -> None:
+    """Tensors that the call's inside used and that came neither from its arguments nor from inside; nested ones too."""
+    known = {slot.value for slot in call.inputs}
+    inside = call.children
+    if call.recompute:
+        known |= {slot.value for slot in call.recompute[0].inputs}
+        inside = call.recompute[0].children
+    call.captured = []
+    for child in inside:
+        if child.kind != "op":
+            _find_captured(child)
+        for op in child.ops():
+            for slot in op.inputs:
+                if slot.value not in known:
+                    known.add(slot.value)
+                    call.captured.append(slot)
+            known.update(slot.value for slot in op.outputs)
+        known.update(slot.value for slot in child.outputs)
+
+
+def _enclosing_torch_call(calls: Iterable[Call], number: int) -> Call | None:
+    for call in calls:
+        if call.kind == "torch" and call.target is not None and call.first_node <= number < call.end_node:
+            return call
+    return None
+
+
+def _saves_tensors(node: Any) -> bool:
+    """Whether a node that no op explains may hold or compute something: view nodes made anew do not."""
+    name = node.name()
+    if any(attribute.startswith("_raw_saved_") for attribute in dir(node)):
+        return True
+    return "CppNode" in name or "CopySlices" in name or not name.endswith(("Backward0", "Backward1"))

@@ -1,0 +1,112 @@
+"""Seeing calls that neither dispatch nor torch-function modes show: ``Function.apply`` and ``checkpoint``.
+
+``Function.apply`` is replaced in its code object, not as a class attribute: ``fn = MyFunction.apply`` stored at import
+time is a bound method over the same function object, so both spellings are seen. Threads without an active observer
+run torch's own code.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+import torch.utils.checkpoint as torch_checkpoint
+from torch.autograd.function import Function
+
+
+class Observer(Protocol):
+    """Receives the intercepted calls of its own thread."""
+
+    def on_apply(self, cls: type, args: tuple[Any, ...], run: Callable[..., Any]) -> Any: ...
+
+    def checkpoint_region(
+        self, function: Callable[..., Any], options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A context manager around the forward of a non-reentrant checkpoint."""
+
+
+_local = threading.local()
+_lock = threading.Lock()
+_installed = 0
+
+_apply = Function.__dict__["apply"].__func__
+_torch_apply = types.FunctionType(
+    _apply.__code__, _apply.__globals__, "apply", _apply.__defaults__, _apply.__closure__
+)
+_torch_checkpoint_generator = torch_checkpoint._checkpoint_without_reentrant_generator
+
+
+def current_observer() -> Observer | None:
+    return getattr(_local, "observer", None)
+
+
+def apply_observed(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``cls.apply`` as torch has it, shown to this thread's observer."""
+    observer = current_observer()
+    if observer is None or kwargs:
+        return _torch_apply(cls, *args, **kwargs)
+    return observer.on_apply(cls, args, lambda *given: _torch_apply(cls, *given))
+
+
+class _Shadow:
+    """Gives the replacement code the ``__class__`` cell that torch's own has."""
+
+    def apply(cls, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: N805
+        __class__  # noqa: B018
+        from frostline.tracing.interception import apply_observed
+
+        return apply_observed(cls, args, kwargs)
+
+
+def _observed_checkpoint(
+    fn: Callable[..., Any],
+    preserve_rng_state: bool = True,
+    context_fn: Any = torch_checkpoint.noop_context_fn,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    *args: Any,
+    **kwargs: Any,
+) -> Generator[None, None, None]:
+    own = _torch_checkpoint_generator(
+        fn, preserve_rng_state, context_fn, determinism_check, debug, early_stop, *args, **kwargs
+    )
+    observer = current_observer()
+    if observer is None:
+        yield from own
+        return
+    options = {"context_fn": context_fn, "early_stop": early_stop, "preserve_rng_state": preserve_rng_state}
+    with observer.checkpoint_region(fn, options, args, kwargs):
+        yield from own
+
+
+@contextmanager
+def observed_by(observer: Observer | None) -> Iterator[None]:
+    """Show ``observer`` (or nobody, with None) this thread's ``Function.apply`` and ``checkpoint`` calls."""
+    global _installed
+    before = current_observer()
+    with _lock:
+        _installed += 1
+        if _installed == 1:
+            _apply.__code__ = _Shadow.apply.__code__
+            torch_checkpoint._checkpoint_without_reentrant_generator = _observed_checkpoint  # type: ignore[assignment]
+    _local.observer = observer
+    try:
+        yield
+    finally:
+        _local.observer = before
+        with _lock:
+            _installed -= 1
+            if _installed == 0:
+                _apply.__code__ = _torch_apply.__code__
+                torch_checkpoint._checkpoint_without_reentrant_generator = _torch_checkpoint_generator
+
+
+def is_reentrant_checkpoint(cls: type) -> bool:
+    return issubclass(cls, torch_checkpoint.CheckpointFunction)
+
+

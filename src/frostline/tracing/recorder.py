@@ -1,0 +1,347 @@
+"""Recording one run of a step: every op call below autograd, and the calls that enclose them.
+
+Two modes feed one recorder. The torch-function mode sees what the user's code calls (``F.linear``), the dispatch mode
+what that becomes below autograd (``aten.t``, ``aten.addmm``). `interception` adds ``Function.apply`` and checkpoints.
+Tensors are kept as numbers: which object (value), which storage, which edge of autograd's graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from frostline.tracing.calls import Call, Edge, Side, Slot, TensorMeta, describe, template, tensors_in
+from frostline.tracing.interception import is_reentrant_checkpoint
+
+_set_requires_grad = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+_SMALL_NUMEL = 1 << 24  # ops on known values run for real up to this size
+_MUTED_FUNCTIONS = {Tensor.requires_grad_, _set_requires_grad, Tensor.retain_grad, Tensor.register_hook}
+
+
+def autocast_state() -> tuple[Any, ...]:
+    """Whether autocast is on for the CPU and for the accelerator, its dtypes, and whether it caches casts."""
+    if not torch._C._is_any_autocast_enabled():
+        return ()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    devices = ["cpu"] + ([accelerator.type] if accelerator is not None else [])
+    return (
+        *((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
+        torch.is_autocast_cache_enabled(),
+    )
+
+
+class Recorder:
+    """Collects the tape of one run. See `recording`.
+
+    Args:
+        keep: hold on to every tensor seen (fake tensors: they have no memory). Otherwise tensors are followed by weak
+            references, as the one real forward needs.
+        module_names: the name of each module, by ``id``.
+    """
+
+    def __init__(self, *, keep: bool, module_names: dict[int, str]) -> None:
+        self.root = Call("torch", None, (), {}, [], "", True)
+        self.current = self.root
+        self.module_names = module_names
+        self.module_stack: list[str] = [""]
+        self.nodes: list[Any] = []  # autograd nodes, kept alive so that their ids stay theirs
+        self.leaves: list[Tensor] = []
+        self.storage_bytes: list[int] = []
+        self.storage_refs: list[StorageWeakRef] = []
+        self.sides: list[Side] = []
+        self.function_nodes: dict[int, Call] = {}  # node index -> the call that made it
+        self.always_edges: set[Edge] = set()  # `requires_grad_()` was called on their tensors
+        self.num_values = 0
+        self._kept: list[Tensor] | None = [] if keep else None
+        self._values: dict[int, tuple[int, Any]] = {}
+        self._node_index: dict[int, int] = {}
+        self._leaf_index: dict[int, int] = {}
+        self._storage_index: dict[int, int] = {}
+        self._metas: dict[TensorMeta, TensorMeta] = {}
+        self.own: set[int] = set()  # storages made during the trace: may be changed in place for real
+        self.unknown: set[int] = set()  # storages of real tensors whose values are not what a real run would hold
+
+    # -- tensors as numbers ------------------------------------------------------------------------------------------
+
+    def value_of(self, tensor: Tensor) -> int:
+        known = self._values.get(id(tensor))
+        if known is not None and (self._kept is not None or known[1]() is tensor):
+            return known[0]
+        number = self.num_values
+        self.num_values += 1
+        if self._kept is not None:
+            self._kept.append(tensor)
+            self._values[id(tensor)] = (number, None)
+        else:
+            self._values[id(tensor)] = (number, weakref.ref(tensor))
+        return number
+
+    def storage_of(self, tensor: Tensor, side: Side) -> int:
+        """The number of the tensor's storage; one not seen before starts with ``side``."""
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse, or a wrapper without a storage of its own
+            return self._storage_of_parts(tensor, side)
+        number = self._storage_index.get(storage._cdata)
+        if number is None:
+            number = self._storage_index[storage._cdata] = len(self.storage_bytes)
+            self.storage_bytes.append(storage.nbytes())
+            self.storage_refs.append(StorageWeakRef(storage))  # keeps the address from being used again
+            self.sides.append(side)
+        return number
+
+    def _storage_of_parts(self, tensor: Tensor, side: Side) -> int:
+        key = -id(tensor)
+        number = self._storage_index.get(key)
+        if number is None:
+            number = self._storage_index[key] = len(self.storage_bytes)
+            self.storage_bytes.append(0)
+            self.sides.append(side)
+        return number
+
+    def edge_of(self, tensor: Tensor) -> Edge | None:
+        if not tensor.requires_grad:
+            return None
+        node = tensor.grad_fn
+        if node is None:
+            return (-1, self._leaf(tensor))
+        return (self._node(node), tensor.output_nr)
+
+    def _leaf(self, tensor: Tensor) -> int:
+        number = self._leaf_index.get(id(tensor))
+        if number is None:
+            number = self._leaf_index[id(tensor)] = len(self.leaves)
+            self.leaves.append(tensor)
+        return number
+
+    def _node(self, node: Any) -> int:
+        number = self._node_index.get(id(node))
+        if number is None:
+            number = self._node_index[id(node)] = len(self.nodes)
+            self.nodes.append(node)
+        return number
+
+    def slot(self, tensor: Tensor, side: Side = Side.DATA) -> Slot:
+        """``side`` is that of a tensor never seen before: one from outside is data."""
+        meta = describe(tensor)
+        meta = self._metas.setdefault(meta, meta)
+        storage = self.storage_of(tensor, side)
+        return Slot(meta, self.value_of(tensor), storage, self.sides[storage], self.edge_of(tensor))
+
+    def seal(self, tensors: Iterator[Tensor], side: Side) -> None:
+        """Say what tensors that exist before the run are: parameters, buffers, inputs."""
+        for tensor in tensors:
+            self.sides[self.storage_of(tensor, side)] = side
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    def begin(self, kind: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        inputs: list[Slot] = []
+
+        def take(tensor: Tensor) -> int:
+            inputs.append(self.slot(tensor))
+            return len(inputs) - 1
+
+        call = Call(kind, target, (), {}, inputs, self.module_stack[-1], torch.is_grad_enabled())
+        call.args = template(args, take)
+        call.kwargs = template(kwargs, take)
+        call.first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        return call
+
+    def end(self, call: Call, result: Any, side: Side) -> None:
+        outputs = call.outputs
+
+        def take(tensor: Tensor) -> int:
+            outputs.append(self.slot(tensor, side))
+            return len(outputs) - 1
+
+        call.output_spec = template(result, take)
+        call.end_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+
+    @contextmanager
+    def inside(self, call: Call) -> Iterator[None]:
+        parent, self.current = self.current, call
+        try:
+            yield
+        finally:
+            self.current = parent
+
+    # -- interception.Observer -----------------------------------------------------------------------------------------
+
+    def on_apply(self, cls: type, args: tuple[Any, ...], run: Callable[..., Any]) -> Any:
+        reentrant = is_reentrant_checkpoint(cls)
+        call = self.begin("checkpoint" if reentrant else "function", cls, args, {})
+        call.autocast = autocast_state()
+        with self.inside(call):
+            result = run(*args)
+        side = max((s.side for s in call.inputs), default=Side.CONSTANT)
+        side = max([side, *(s.side for op in call.ops() for s in op.inputs)])
+        self.end(call, result, side)
+        for tensor in tensors_in(result):
+            if tensor.grad_fn is not None:
+                self.function_nodes[self._node(tensor.grad_fn)] = call
+        if reentrant and torch.is_grad_enabled() and any(slot.edge for slot in call.inputs):
+            self._record_recompute(call, args)
+        self.current.children.append(call)
+        return result
+
+    def _record_recompute(self, call: Call, args: tuple[Any, ...]) -> None:
+        """What the backward of a reentrant checkpoint runs again: its function with grad on, on detached inputs."""
+        function, _, *given = args
+        detached = tuple(
+            a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in given
+        )
+        again = Call("checkpoint", call.target, (), {}, [], call.module, True)
+        again.inputs = [self.slot(a) for a in detached if isinstance(a, Tensor)]
+        with self.inside(again), torch.enable_grad():
+            result = function(*detached)
+        self.end(again, result, Side.DATA)
+        call.recompute = [again]
+
+    @contextmanager
+    def checkpoint_region(
+        self, function: Callable[..., Any], options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[None]:
+        call = self.begin("checkpoint", torch.utils.checkpoint.checkpoint, args, kwargs)
+        call.autocast = autocast_state()
+        call.options = options
+        with self.inside(call):
+            yield
+        call.end_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self.current.children.append(call)
+
+    # -- modules -------------------------------------------------------------------------------------------------------
+
+    def enter_module(self, module: nn.Module, _args: Any) -> None:
+        name = self.module_names.get(id(module))
+        self.module_stack.append(self.module_stack[-1] if name is None else name)
+
+    def leave_module(self, _module: nn.Module, _args: Any, _result: Any) -> None:
+        self.module_stack.pop()
+
+
+class _DispatchMode(TorchDispatchMode):
+    def __init__(self, recorder: Recorder, *, fake: bool) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.fake = fake
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if op.namespace == "prim":
+            return op(*args, **kwargs)
+        recorder = self.recorder
+        call = recorder.begin("op", op, args, kwargs)
+        given = call.inputs
+        result = self._run_for_real(op, args, kwargs, given) if self.fake else NotImplemented
+        if result is NotImplemented:
+            result = op(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in op.tags:
+            side = Side.DATA
+        else:
+            side = max((slot.side for slot in given), default=Side.CONSTANT)
+        if op._schema.is_mutable:  # data written into a constant makes it data, for every view of it
+            for slot in given:
+                recorder.sides[slot.storage] = max(recorder.sides[slot.storage], side)
+        recorder.end(call, result, side)
+        for slot in call.outputs:
+            recorder.own.add(slot.storage)
+        recorder.current.children.append(call)
+        return result
+
+    def _run_for_real(self, op: Any, args: Any, kwargs: Any, given: list[Slot]) -> Any:
+        """Ops on values that are known (the batch's ids and masks, and what factories make) run for real.
+
+        So a model that looks at its attention mask decides as it does in a real run, though its weights are fake.
+        """
+        recorder = self.recorder
+        known = (
+            torch.Tag.nondeterministic_seeded not in op.tags
+            and op._schema.name not in _UNWRITTEN
+            and (bool(given) or _is_small_factory(op, args, kwargs))
+            and not any(isinstance(t, FakeTensor) for t in tensors_in((args, kwargs)))
+            and not any(slot.storage in recorder.unknown or slot.meta.numel > _SMALL_NUMEL for slot in given)
+        )
+        if op._schema.is_mutable and not (known and all(slot.storage in recorder.own for slot in given)):
+            recorder.unknown.update(slot.storage for slot in given)
+            return NotImplemented
+        if not known:
+            return NotImplemented
+        with unset_fake_temporarily():
+            return op(*args, **kwargs)
+
+
+_UNWRITTEN = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
+_SIZED_FACTORIES = {"aten::zeros", "aten::ones", "aten::full"}
+_OTHER_FACTORIES = {"aten::arange", "aten::scalar_tensor", "aten::linspace", "aten::eye"}
+
+
+def _is_small_factory(op: Any, args: Any, kwargs: Any) -> bool:
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type != "cpu":
+        return False
+    if op._schema.name in _OTHER_FACTORIES:
+        return all(abs(a) <= _SMALL_NUMEL for a in args if isinstance(a, (int, float)))
+    if op._schema.name not in _SIZED_FACTORIES or not args or not isinstance(args[0], (list, tuple)):
+        return False
+    numel = 1
+    for size in args[0]:
+        numel *= int(size)
+    return numel <= _SMALL_NUMEL
+
+
+class _FunctionMode(TorchFunctionMode):
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        recorder = self.recorder
+        if func in _MUTED_FUNCTIONS:
+            tensor = args[0]
+            result = func(*args, **kwargs)
+            if func in (Tensor.requires_grad_, _set_requires_grad) and tensor.requires_grad:
+                edge = recorder.edge_of(tensor)
+                if edge is not None:
+                    recorder.always_edges.add(edge)
+            return result
+        if getattr(func, "__name__", "") in ("__get__", "__set__"):
+            return func(*args, **kwargs)
+        call = recorder.begin("torch", func, args, kwargs)
+        call.autocast = autocast_state()
+        with recorder.inside(call):
+            result = func(*args, **kwargs)
+        if call.children:
+            side = max((s.side for op in call.ops() for s in op.outputs), default=Side.DATA)
+            recorder.end(call, result, side)
+            recorder.current.children.append(call)
+        return result
+
+
+@contextmanager
+def recording(recorder: Recorder, *, fake: bool) -> Iterator[Recorder]:
+    """Record what runs inside on this thread. Enter any fake mode before."""
+    from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+    from frostline.tracing.interception import observed_by
+
+    hooks = [
+        register_module_forward_pre_hook(recorder.enter_module),
+        register_module_forward_hook(recorder.leave_module),
+    ]
+    try:
+        with observed_by(recorder), _DispatchMode(recorder, fake=fake), _FunctionMode(recorder):
+            yield recorder
+    finally:
+        for hook in hooks:
+            hook.remove()

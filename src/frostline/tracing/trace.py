@@ -1,0 +1,321 @@
+"""``fl.trace``: record one step of a model, without weights, memory or a device where that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+from torch.nn.parameter import is_lazy
+
+from frostline.errors import FrostlineError, TraceError
+from frostline.tracing.calls import Call
+from frostline.tracing.graph import Graph, Tape
+from frostline.tracing.rehearsal import Rehearsal
+from frostline.tracing.step import default_loss, made_up_labels, split_inputs, sum_loss, wants_labels
+
+if TYPE_CHECKING:
+    from frostline.costing.comparison import Comparison
+    from frostline.costing.cost import Cost
+    from frostline.costing.marginal import Marginal
+
+_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def trace(
+    model: nn.Module,
+    inputs: Any = None,
+    loss: Callable[[Any], Tensor] | str | None = None,
+    device: str | torch.device | None = None,
+    *,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    step: Callable[[nn.Module], Tensor] | None = None,
+) -> Trace:
+    """Record one forward and its loss; every cost of every subset follows from the record.
+
+    Args:
+        model: any eager module, real or on ``meta``. Its modes (train or eval) are taken as found; its parameters,
+            buffers, flags, hooks and the random number generators are left as they were.
+        inputs: tensor | tuple (positional) | mapping (keywords). Or give ``args`` and ``kwargs``.
+        loss: ``callable(outputs) -> scalar``. By default ``outputs.loss``, or the outputs if they are a scalar; Hugging
+            Face models without labels get made-up ones. ``"sum"``: the sum of the outputs; figures are then `assumed`.
+        device: where to cost it; by default where the model is (``meta`` counts as the CPU).
+        step: instead of inputs and loss: ``callable(model) -> scalar loss``.
+
+    Raises:
+        TraceError: no scalar loss; a loss that needs no gradient; a model on ``meta`` whose values decide what runs; a
+            device that is not there.
+        Exception: whatever the step itself raises, with a note that names the module.
+    """
+    args, kwargs = split_inputs(inputs, args, kwargs)  # type: ignore[assignment]
+    if step is not None and (args or kwargs or loss is not None):
+        raise TraceError("give either step= or inputs and loss, not both")
+    if step is None and not args and not kwargs:
+        raise TraceError("nothing to run: give inputs (a tensor, a tuple or a mapping), or step=")
+    parameters = dict(model.named_parameters())
+    _check_model(model, parameters)
+    where = _device(model, parameters, device)
+    assumptions: list[str] = []
+    if step is not None:
+        chosen = step
+
+        def run(m: nn.Module, _args: Any, _kwargs: Any) -> Tensor:
+            return chosen(m)
+    else:
+        take_loss = _loss_taker(loss, assumptions)
+
+        def run(m: nn.Module, a: Any, k: Any) -> Tensor:
+            return take_loss(m(*a, **k))
+
+    rehearsal = Rehearsal(model, run, args or (), dict(kwargs or {}), where, parameters)
+    if step is None and loss is None and wants_labels(model, rehearsal.args, rehearsal.kwargs):
+        rehearsal.kwargs.update(_labels(rehearsal))
+        assumptions.append("labels were made up")
+    return Trace(rehearsal, assumptions)
+
+
+def _loss_taker(loss: Callable[[Any], Tensor] | str | None, assumptions: list[str]) -> Callable[[Any], Tensor]:
+    if loss is None:
+        return default_loss
+    if loss == "sum":
+        assumptions.append('the loss is the sum of the outputs (loss="sum")')
+        return sum_loss
+    if isinstance(loss, str) or not callable(loss):
+        raise TraceError(f'loss must be callable(outputs) -> scalar, or "sum"; got {loss!r}')
+    return loss
+
+
+def _check_model(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    lazy = [name for name, p in parameters.items() if is_lazy(p)]
+    if lazy:
+        raise TraceError(f"parameter {lazy[0]!r} has no shape yet (a lazy module): run one forward first")
+    if not parameters:
+        raise TraceError(f"{type(model).__name__} has no parameters: there is nothing to train")
+
+
+def _device(model: nn.Module, parameters: dict[str, nn.Parameter], asked: str | torch.device | None) -> torch.device:
+    found = {p.device for p in parameters.values()}
+    if asked is None:
+        real = {d for d in found if d.type != "meta"}
+        if len(real) > 1:
+            raise TraceError(f"the model lies on several devices ({', '.join(sorted(map(str, real)))}): say device=")
+        return real.pop() if real else torch.device("cpu")
+    device = torch.device(asked)
+    there = ["cpu"] + (
+        [str(torch.accelerator.current_accelerator())] if torch.accelerator.is_available() else []
+    )
+    if device.type not in {torch.device(d).type for d in there}:
+        raise TraceError(f"device {str(device)!r} is not here; there is: {', '.join(there)}")
+    return device
+
+
+def _labels(rehearsal: Rehearsal) -> dict[str, Tensor]:
+    """Labels for a model that computes its own loss: shaped like what a run without labels returns."""
+    seen: list[Any] = []
+
+    def look(model: nn.Module, args: Any, kwargs: Any) -> Tensor:
+        seen.append(model(*args, **kwargs))
+        return torch.zeros(())
+
+    from dataclasses import replace
+
+    try:
+        replace(rehearsal, run=look).tape(frozenset())
+    except Exception:
+        if not getattr(getattr(rehearsal.model, "config", None), "is_encoder_decoder", False):
+            try:
+                replace(rehearsal, run=look, real=True).tape(frozenset())
+            except Exception:  # the traced run will say what is wrong
+                return {}
+        seen.append(None)
+    return made_up_labels(rehearsal.model, rehearsal.kwargs, rehearsal.args, seen[-1] if seen else None)
+
+
+@dataclass
+class Trace:
+    """The record of one step. `cost` answers for any subset; see DESIGN's words in ``docs/glossary.md``.
+
+    Attributes:
+        model: the traced model, unchanged.
+        forward: ``"fake"`` (nothing was computed) or ``"real"`` (one real forward, keeping metadata only).
+        notes: what a reader of the figures should know.
+    """
+
+    rehearsal: Rehearsal
+    assumptions: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        everything = frozenset(
+            n for n, p in enumerate(self.rehearsal.parameters.values()) if p.is_floating_point() or p.is_complex()
+        )
+        self.trainable_numbers = everything
+        self.tape_on = self._first_tape(everything)
+        if self.tape_on.loss is None or self.tape_on.loss.edge is None:
+            raise TraceError(
+                "the loss needs no gradient even with every parameter trainable: it does not depend on any parameter, "
+                "or was computed under torch.no_grad() or from detached tensors"
+            )
+        self.diverges = self._compare_with_frozen()
+        self.graph = Graph(self.tape_on)
+
+    def _first_tape(self, everything: frozenset[int]) -> Tape:
+        rehearsal = self.rehearsal
+        try:
+            return rehearsal.tape(everything)
+        except FrostlineError:
+            raise
+        except Exception as error:
+            weightless = [name for name, p in rehearsal.parameters.items() if p.device.type == "meta"]
+            data_decides = isinstance(error, _DATA_DEPENDENT)
+            if weightless:
+                if data_decides:
+                    notes = getattr(error, "__notes__", [])
+                    raise TraceError(
+                        f"values decide what this model runs ({error.func}, {' '.join(notes[-1:])}), and it has no "
+                        f"weights to compute them with ({weightless[0]!r} is on meta): load the weights and trace that"
+                    ) from error
+                raise
+            rehearsal.real = True
+            tape = rehearsal.tape(everything)
+            why = "values decide what runs" if data_decides else "a fake kernel failed"
+            if isinstance(error, UnsupportedOperatorException):
+                why = "an op has no fake kernel"
+            self.notes.append(f"traced by one real forward: {why} ({type(error).__name__})")
+            return tape
+
+    def _compare_with_frozen(self) -> str:
+        """Record the step again with nothing trainable; mark what differs. Returns why it cannot be aligned, or ''."""
+        try:
+            tape_off = self.rehearsal.tape(frozenset())
+        except Exception as error:  # a step that needs gradients to run, such as a gradient penalty
+            return f"the step does not run with everything frozen ({type(error).__name__})"
+        return align(self.tape_on.calls, tape_off.calls)
+
+    # -- what was traced -----------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        return self.rehearsal.model
+
+    @property
+    def forward(self) -> str:
+        return "real" if self.rehearsal.real else "fake"
+
+    @property
+    def device(self) -> torch.device:
+        return self.rehearsal.device
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.rehearsal.parameters
+
+    @cached_property
+    def parameter_list(self) -> list[nn.Parameter]:
+        return list(self.rehearsal.parameters.values())
+
+    @cached_property
+    def parameter_numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.rehearsal.parameters)}
+
+    @cached_property
+    def gradient_bytes(self) -> list[int]:
+        """Bytes of each parameter's gradient. Assumes: dense, as every op but a sparse embedding makes it."""
+        return [p.numel() * p.element_size() for p in self.parameter_list]
+
+    @cached_property
+    def parameter_bytes(self) -> int:
+        storages = {}
+        for p in self.parameter_list:
+            storage = p.untyped_storage()
+            storages[storage._cdata] = storage.nbytes() if p.device.type != "meta" else p.numel() * p.element_size()
+        return sum(storages.values())
+
+    # -- what it costs -------------------------------------------------------------------------------------------------
+
+    @property
+    def _coster(self) -> Any:
+        from frostline.costing.engine import Engine  # a later room: the trace is its input
+
+        engine = self.__dict__.get("_engine")
+        if engine is None:
+            engine = self.__dict__["_engine"] = Engine(self)
+        return engine
+
+    def cost(self, train: Any = None, method: str = "freeze", optimizer: Any = "adamw") -> Cost:
+        """What a step costs when only ``train`` trains, arranged by ``method``.
+
+        Args:
+            train: names, globs, modules, parameters, an optimizer, a predicate ... (see ``frostline.subsets``). None:
+                ``requires_grad`` as set now.
+            method: ``"freeze"``, ``"optimizer-only"`` or ``"backward-inputs"``.
+            optimizer: a name (``"adamw"``), a ``torch.optim`` class, or an optimizer whose settings to take.
+
+        Raises:
+            SubsetError: a pattern matches nothing, or cannot be trained.
+            TraceError: the loss does not reach the subset.
+            OptimizerError: an optimizer frostline cannot ask.
+        """
+        from frostline.costing.cost import cost
+
+        return cost(self, train, method, optimizer)
+
+    def compare(self, train: Any = None, methods: Any = None, optimizer: Any = "adamw") -> Comparison:
+        """Several methods for one subset, or several named subsets (a mapping), side by side."""
+        from frostline.costing.comparison import compare_trace
+
+        return compare_trace(self, train, methods, optimizer)
+
+    def marginal(self, train: Any = None, method: str = "freeze", optimizer: Any = "adamw") -> Marginal:
+        """What each frozen parameter would add, and what dropping each trained one would save."""
+        from frostline.costing.marginal import marginal
+
+        return marginal(self, train, method, optimizer)
+
+
+def align(on: list[Call], off: list[Call]) -> str:
+    """Compare the two tapes. Torch calls whose ops differ become opaque; anything else that differs is returned."""
+    ours, theirs = list(_significant(on)), list(_significant(off))
+    for a, b in zip(ours, theirs, strict=False):
+        if _identity(a) != _identity(b):
+            return f"what runs depends on requires_grad, in module {a.module or '(the model)'!r} ({a.name} or {b.name})"
+        if a.kind == "torch" and _op_sequence(a) != _op_sequence(b):
+            a.opaque = True
+        elif a.kind == "checkpoint" and not a.recompute:
+            inside = align(a.children, b.children)
+            if inside:
+                return inside
+    if len(ours) != len(theirs):
+        extra = (ours + theirs)[min(len(ours), len(theirs))]
+        return f"what runs depends on requires_grad, in module {extra.module or '(the model)'!r} ({extra.name})"
+    return ""
+
+
+def _significant(calls: list[Call]) -> Iterator[Call]:
+    """Calls without the ``detach`` that autograd itself makes when it saves an output."""
+    for call in calls:
+        if not (call.kind == "op" and call.target is torch.ops.aten.detach.default):
+            yield call
+
+
+def _identity(call: Call) -> Any:
+    return (call.kind, call.name, call.module, tuple(slot.meta for slot in call.inputs))
+
+
+def _op_sequence(call: Call) -> list[Any]:
+    return [
+        (op.target, tuple(slot.meta for slot in op.inputs))
+        for op in call.ops()
+        if op.target is not torch.ops.aten.detach.default
+    ]

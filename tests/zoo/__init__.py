@@ -1,0 +1,1 @@
+"""The models of ``tests/cases.py``, one kind a file."""

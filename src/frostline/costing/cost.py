@@ -73,7 +73,7 @@ class Cost:
     peak_bytes: int | None = None
     step_seconds: float | None = None
     trace: Trace = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
-    _flags: tuple[Ledger, int, int] = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+    _flags: tuple[Ledger, int, int | None] = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
 
     @property
     def backward_flops(self) -> int:
@@ -92,6 +92,11 @@ class Cost:
     def num_parameters(self) -> int:
         """Elements of the whole model."""
         return sum(p.numel() for p in self.trace.parameters.values())
+
+    @property
+    def num_sliced_tensor_elements(self) -> int:
+        """Elements of the tensors that train in part: what eager torch computes gradients for."""
+        return sum(self.trace.parameters[name].numel() for name in self.subset.slices)
 
     @cached_property
     def full(self) -> Cost:
@@ -157,7 +162,7 @@ def cost(trace: Trace, train: Any, method: str, optimizer: Any) -> Cost:
 
 def _assemble(
     trace: Trace, subset: Subset, method: str, keeps: OptimizerModel, optimizer: Any, ledger: Ledger, sums: Entry,
-    retraced: bool, trained: list[int], flags: tuple[int, int],
+    retraced: bool, trained: list[int], flags: tuple[int, int | None],
 ) -> Cost:  # fmt: skip
     parameters = trace.parameter_list
     gets_grad = [n for n in range(len(parameters)) if sums.trained >> n & 1]

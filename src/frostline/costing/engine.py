@@ -7,15 +7,16 @@ Sets of parameters and of storages are the bits of Python integers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from frostline.costing.formulas import flops
-from frostline.probing.probe import BackwardOp, Probe
+from frostline.probing.attribution import RanOp
+from frostline.probing.probe import Probe, Question
 from frostline.probing.replay import Stage
 from frostline.probing.store import ProbeStore, freeze
-from frostline.tracing.calls import Call, Side, fill
+from frostline.tracing.calls import Call, Side, TensorMeta, fill, is_view
 from frostline.tracing.graph import Graph, Unit
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Ledger:
 
     def _defined(self, unit: Unit, receives: frozenset[int]) -> frozenset[int]:
         mask = frozenset(i for i, bits in enumerate(unit.behind) if bits)
-        return self.store.get(unit, mask, mask, receives).defined
+        return self.store.get(unit, Question(mask, None, receives)).defined
 
     def _fold(self) -> None:
         index_of: dict[int, int] = {}
@@ -116,23 +117,28 @@ class Ledger:
             entry.moved_bytes += moved
         return entry
 
-    def unit_entry(self, unit: Unit, live: Iterable[bool], wanted: Iterable[bool]) -> Entry:
-        """What a unit costs beyond `_forward`, given which inputs need a gradient and which gradients are asked for."""
+    def unit_entry(self, unit: Unit, live: Iterable[bool], wanted: Iterable[bool] | None) -> Entry:
+        """What a unit costs beyond `_forward`.
+
+        Args:
+            live: which inputs require grad while the forward runs.
+            wanted: which gradients ``backward(inputs=...)`` asks for; None: ``backward()``.
+        """
         mask = frozenset(i for i, flag in enumerate(live) if flag)
-        needed = frozenset(i for i, flag in enumerate(wanted) if flag)
+        needed = None if wanted is None else frozenset(i for i, flag in enumerate(wanted) if flag)
         key = (unit, mask, needed)
         entry = self._unit_entries.get(key)
         if entry is None:
             entry = self._unit_entries[key] = self._ask(unit, mask, needed)
         return entry
 
-    def _ask(self, unit: Unit, mask: frozenset[int], needed: frozenset[int]) -> Entry:
+    def _ask(self, unit: Unit, mask: frozenset[int], needed: frozenset[int] | None) -> Entry:
         entry = Entry()
         varies = unit.call.kind == "torch"
         if not mask and not varies:
             return entry
-        found = self.store.get(unit, mask, needed, unit.receives)
-        entry.refusal = found.error if needed else ""
+        found = self.store.get(unit, Question(mask, needed, unit.receives))
+        entry.refusal = found.refusal
         if varies:
             for op in found.forward:
                 self._add_backward_op(entry, op, unit, forward=True)
@@ -144,7 +150,7 @@ class Ledger:
         for index in found.defined:
             slot = unit.inputs[index]
             if slot.is_leaf:
-                entry.trained |= unit.behind[index]
+                entry.trained |= unit.behind[index] & ~self.always
         if not found.confirmed:
             entry.unconfirmed = frozenset({unit.call.name})
         return entry
@@ -169,12 +175,19 @@ class Ledger:
                 bits |= 1 << storage
         return bits
 
+    def _bits_of_storages(self, storages: Iterable[int]) -> int:
+        bits = 0
+        for storage in storages:
+            if storage not in self.graph.tape.excluded:
+                bits |= 1 << storage
+        return bits
+
     def _set_bytes(self, storage: int, nbytes: int) -> None:
         if self.storage_bytes[storage] != nbytes:
             self.storage_bytes[storage] = nbytes
             self._byte_tables.clear()
 
-    def _add_backward_op(self, entry: Entry, op: BackwardOp, unit: Unit, *, forward: bool = False) -> None:
+    def _add_backward_op(self, entry: Entry, op: RanOp, unit: Unit, *, forward: bool = False) -> None:
         entry.moved_bytes += _moved(op)
         counts = _backward_flops(op)
         if counts is None:
@@ -188,33 +201,32 @@ class Ledger:
         if op.recomputed:
             entry.recompute_flops += sum(counts)
             return
-        anywhere = frozenset().union(*op.reaches)
-        for count, reaches in zip(counts, op.reaches, strict=True):
-            reached = reaches or anywhere
-            if reached and all(unit.inputs[i].side is not Side.DATA for i in reached):
-                entry.grad_weight_flops += count
-            else:
+        elsewhere = max((side for side in op.sides if side is not None), default=Side.DATA)
+        for count, side in zip(counts, op.sides, strict=True):
+            if (elsewhere if side is None else side) is Side.DATA:
                 entry.grad_input_flops += count
+            else:
+                entry.grad_weight_flops += count
 
     # -- a subset ------------------------------------------------------------------------------------------------------
 
-    def evaluate(self, forward_flags: int, backward_flags: int) -> Entry:
+    def evaluate(self, forward_flags: int, backward_flags: int | None = None) -> Entry:
         """Add up everything.
 
         Args:
             forward_flags: the parameters (bits) that require grad while the forward runs.
-            backward_flags: those whose gradients are asked for; with `always`, every graph leaf's.
+            backward_flags: those whose gradients ``backward(inputs=...)`` asks for; None: ``backward()``.
         """
-        live = [bits & forward_flags != 0 for bits in self.conditions]
-        wanted = live if forward_flags == backward_flags else [bits & backward_flags != 0 for bits in self.conditions]
-        same = wanted is live
-        forward = grad_input = grad_weight = recompute = moved = held = trained = 0
+        live, wanted = self.flags(forward_flags, backward_flags)
+        forced = [storage for bits, storage in self.graph.forced_leaves if not bits & forward_flags]
+        forward = grad_input = grad_weight = recompute = moved = trained = 0
+        held = self._bits_of_storages(forced)
         uncounted: frozenset[tuple[str, str]] = self.base.uncounted
         unconfirmed: frozenset[str] = frozenset()
         refusal = ""
         for group in self.groups:
             state = tuple([live[i] for i in group.conditions])
-            key = state if same else (state, tuple([wanted[i] for i in group.conditions]))
+            key = state if wanted is None else (state, tuple([wanted[i] for i in group.conditions]))
             entry = group.table.get(key)
             if entry is None:
                 entry = group.table[key] = self._group_entry(group, live, wanted)
@@ -236,18 +248,38 @@ class Ledger:
             uncounted, unconfirmed, refusal,
         )  # fmt: skip
 
-    def _group_entry(self, group: Group, live: list[bool], wanted: list[bool]) -> Entry:
+    def flags(self, forward_flags: int, backward_flags: int | None) -> tuple[list[bool], list[bool] | None]:
+        """The state of every condition: what requires grad, and (None: all of that) what is asked for."""
+        live = [bits & forward_flags != 0 for bits in self.conditions]
+        wanted = None if backward_flags is None else [bits & backward_flags != 0 for bits in self.conditions]
+        return live, wanted
+
+    def _group_entry(self, group: Group, live: list[bool], wanted: list[bool] | None) -> Entry:
         total = Entry()
         for unit in group.units:
             total.add(self.unit_entry(unit, *self.unit_flags(unit, live, wanted)))
         return total
 
-    def unit_flags(self, unit: Unit, live: list[bool], wanted: list[bool]) -> tuple[list[bool], list[bool]]:
+    def unit_flags(
+        self, unit: Unit, live: list[bool], wanted: list[bool] | None
+    ) -> tuple[list[bool], list[bool] | None]:
         index_of = self._index_of
         return (
             [bool(bits) and live[index_of[bits]] for bits in unit.behind],
-            [bool(bits) and wanted[index_of[bits]] for bits in unit.behind],
+            None if wanted is None else [bool(bits) and wanted[index_of[bits]] for bits in unit.behind],
         )
+
+    def rows(self, forward_flags: int, backward_flags: int | None) -> Iterator[tuple[Unit, Entry]]:
+        """Every unit with what it costs, in execution order; the entries add up to `evaluate`'s."""
+        live, wanted = self.flags(forward_flags, backward_flags)
+        for unit in self.units:
+            entry = Entry()
+            varies = unit.call.kind == "torch"
+            if not varies:
+                entry.add(self._forward(unit))
+            if varies or unit.held:
+                entry.add(self.unit_entry(unit, *self.unit_flags(unit, live, wanted)))
+            yield unit, entry
 
     def bytes_of(self, storages: int) -> int:
         """The bytes of a set of storages: eight at a time, from tables."""
@@ -283,27 +315,19 @@ def _op_cost(op: Call) -> tuple[int | None, int]:
         given = tuple(fill(o, outputs) for o in flat)
         counts = flops(op.target, fill(op.args, metas), fill(op.kwargs, metas), given)
         total = None if counts is None else sum(counts)
-        is_view = _is_view(op.target)
-        found = (total, 0 if is_view else sum(m.nbytes for m in metas) + sum(m.nbytes for m in outputs))
+        found = (total, 0 if is_view(op.target) else sum(m.nbytes for m in metas) + sum(m.nbytes for m in outputs))
         if key is not None:
             _op_costs[key] = found
     return found
 
 
-def _is_view(op: Any) -> bool:
-    returns = op._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-
-
-def _moved(op: BackwardOp) -> int:
-    if _is_view(op.op):
+def _moved(op: RanOp) -> int:
+    if is_view(op.op):
         return 0
     return sum(m.nbytes for m in _metas(op.args)) + sum(m.nbytes for m in op.outputs if m is not None)
 
 
 def _metas(value: Any) -> Iterable[Any]:
-    from frostline.tracing.calls import TensorMeta
-
     if isinstance(value, TensorMeta):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -311,7 +335,7 @@ def _metas(value: Any) -> Iterable[Any]:
             yield from _metas(item)
 
 
-def _backward_flops(op: BackwardOp) -> tuple[int, ...] | None:
+def _backward_flops(op: RanOp) -> tuple[int, ...] | None:
     return flops(op.op, op.args, op.kwargs, op.outputs)
 
 
@@ -336,17 +360,14 @@ class Engine:
             bits |= 1 << number
         return bits
 
-    def evaluate(self, numbers: frozenset[int], method: str) -> tuple[Ledger, Entry, bool, int, int]:
+    def evaluate(self, numbers: frozenset[int], method: str) -> tuple[Ledger, Entry, bool, int, int | None]:
         """The ledger, the sums, whether the subset was traced again, and the two flag sets they are for."""
         ledger = self.ledger
         asked = self.bits(numbers)
         everything = self.bits(self.trace.trainable_numbers) | ledger.always
-        if method == "optimizer-only":
-            forward, backward = everything, everything
-        elif method == "backward-inputs":
-            forward, backward = everything, asked
-        else:
-            forward = backward = asked | ledger.always
+        forward, backward = (asked | ledger.always if method == "freeze" else everything), None
+        if method == "backward-inputs":
+            backward = asked
         retraced = method == "freeze" and bool(self.trace.diverges) and forward != everything
         if retraced:
             ledger = self._trace_again(numbers, asked)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,240 +14,184 @@ from torch.autograd.graph import GradientEdge
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from frostline.probing.attribution import RanOp, Recording, storage_key
 from frostline.probing.replay import Receiver, Stage, autocast, perform, seed, stand_in
-from frostline.tracing.calls import Call, TensorMeta, describe, tensors_in
+from frostline.tracing.calls import Call, Side, TensorMeta, describe, tensors_in
 from frostline.tracing.graph import Unit
 
-
-@dataclass(frozen=True, slots=True)
-class BackwardOp:
-    """One op call that backward ran. Tensors in ``args`` are `TensorMeta`."""
-
-    op: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[TensorMeta | None, ...]
-    reaches: tuple[frozenset[int], ...]  # per output: the inputs of the call whose gradients it goes into
-    recomputed: bool = False  # forward work done again by a checkpoint
+_REAL_LIMIT = 96 << 20  # bytes of tensors a probe may hold to be run for real
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A storage that autograd keeps after the call: an input's, an output's, or one made inside."""
+    """A storage that autograd keeps after the call: an ``"input"``'s, an ``"output"``'s, or a ``"new"`` one's.
 
-    kind: str  # "input", "output", "new"
+    ``secondary``: a kernel's second or later result (a workspace, say), whose size its fake may not know.
+    """
+
+    kind: str
     index: int
     nbytes: int
+    secondary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one call does under one mask. ``error``: autograd's own refusal, where it gave one."""
+    """What one call does under one mask.
+
+    Attributes:
+        backward: the ops that backward ran.
+        forward: for torch calls: the ops this mask makes the forward run.
+        defined: the inputs that got a gradient; ``sparse``: bytes of those that are sparse.
+        refusal: why autograd would not run this, where it would not.
+        confirmed: False where a fake kernel's word about what it saves could not be checked on real tensors.
+    """
 
     held: tuple[Held, ...] = ()
-    backward: tuple[BackwardOp, ...] = ()
-    defined: frozenset[int] = frozenset()  # inputs that got a gradient
-    requires_grad: tuple[bool, ...] = ()  # of the outputs
-    error: str = ""
-    forward: tuple[BackwardOp, ...] = ()  # of torch calls probed as a whole: the ops this mask makes them run
-    confirmed: bool = True  # False: its saved tensors could not be checked on real tensors
+    backward: tuple[RanOp, ...] = ()
+    forward: tuple[RanOp, ...] = ()
+    defined: frozenset[int] = frozenset()
+    sparse: tuple[tuple[int, int], ...] = ()
+    refusal: str = ""
+    confirmed: bool = True
 
 
-class _Recording(TorchDispatchMode):
-    """Records the ops of a replay, and which of them each storage was made by."""
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of a call.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[tuple[Any, Any, Any, Any, bool]] = []
-        self.forward: tuple[BackwardOp, ...] = ()
-        self.refs: dict[int, StorageWeakRef] = {}
-        self.nbytes: dict[int, int] = {}
-        self.recomputing = False
-        self.listening = False
-        self.output_marks: dict[int, frozenset[tuple[int, int]]] = {}
-
-    def follow(self, tensors: Sequence[Tensor]) -> None:
-        """Watch whether the storages of ``tensors`` stay alive."""
-        for tensor in tensors:
-            key = storage_key(tensor)
-            if key is not None and key not in self.refs:
-                self.refs[key] = StorageWeakRef(tensor.untyped_storage())
-                self.nbytes[key] = tensor.untyped_storage().nbytes()
-
-    def marks_of(self, tensor: Tensor) -> frozenset[tuple[int, int]]:
-        key = storage_key(tensor)
-        return self.output_marks.get(key, frozenset()) if key is not None else frozenset()
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = op(*args, **kwargs)
-        if op.namespace == "prim":
-            return result
-        given = list(tensors_in((args, kwargs)))
-        made = list(tensors_in(result))
-        self.follow(made)
-        if self.listening:
-            number = len(self.ops)
-            through = frozenset().union(*(self.marks_of(t) for t in given)) if given else frozenset()
-            flat = list(result) if isinstance(result, (tuple, list)) else [result]
-            outputs = tuple(describe(o) if isinstance(o, Tensor) else None for o in flat)
-            for position, tensor in enumerate(flat):
-                if isinstance(tensor, Tensor):
-                    self._mark(tensor, through | {(number, position)})
-            if op._schema.is_mutable:
-                for tensor in given:
-                    if storage_key(tensor) in {storage_key(m) for m in made}:
-                        continue
-                    self._mark(tensor, through | {(number, 0)})
-            self.ops.append((op, as_metas(args), as_metas(kwargs), outputs, self.recomputing))
-        return result
-
-    def end_forward(self) -> None:
-        """Keep the ops recorded so far as the forward's, and start listening for the backward's."""
-        self.forward = tuple(
-            BackwardOp(op, args, kwargs, outputs, (frozenset(),) * len(outputs)) for op, args, kwargs, outputs, _ in self.ops
-        )
-        self.ops.clear()
-        self.output_marks.clear()
-        self.listening = False
-
-    def _mark(self, tensor: Tensor, marks: frozenset[tuple[int, int]]) -> None:
-        key = storage_key(tensor)
-        if key is not None:
-            self.output_marks[key] = self.output_marks.get(key, frozenset()) | marks
-
-    @contextmanager
-    def recompute(self) -> Iterator[None]:
-        before, self.recomputing = self.recomputing, True
-        try:
-            yield
-        finally:
-            self.recomputing = before
-
-
-def storage_key(tensor: Tensor) -> int | None:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
-def as_metas(value: Any) -> Any:
-    """``value`` with every tensor replaced by its `TensorMeta`."""
-    if isinstance(value, Tensor):
-        return describe(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(as_metas(item) for item in value) if type(value) in (tuple, list) else list(map(as_metas, value))
-    if isinstance(value, dict):
-        return {key: as_metas(item) for key, item in value.items()}
-    return value
-
-
-def probe(
-    stage: Stage, unit: Unit, mask: frozenset[int], needed: frozenset[int], receives: frozenset[int], *, confirm: bool = True
-) -> Probe:
-    """Replay ``unit`` with the inputs in ``mask`` requiring grad, and go backward to those in ``needed``.
-
-    Args:
+    Attributes:
+        mask: the inputs that require grad while the forward runs.
+        needed: the inputs whose gradients ``backward(inputs=...)`` asks for; None: ``backward()``.
         receives: which outputs get a gradient: ``output_nr`` for ops, positions for other calls.
-        confirm: check what is saved on real tensors where a fake kernel may not know it.
     """
-    with stage.fake_mode:
-        found = _replay(stage, unit, mask, needed, receives, real=False)
-    if confirm and _doubtful(unit, found):
-        found = _confirmed(stage, unit, mask, found)
+
+    mask: frozenset[int]
+    needed: frozenset[int] | None
+    receives: frozenset[int]
+
+
+def probe(stage: Stage, unit: Unit, question: Question) -> Probe:
+    """Replay ``unit`` and look. On fake tensors, and for real where a fake kernel cannot go or may not know."""
+    try:
+        found = _replay(stage, unit, question, real=False)
+    except Exception as error:
+        if not _can_be_real(unit):
+            raise
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return _replay(stage, unit, question, real=True)
+        except Exception:
+            raise error from None
+    if any(held.secondary for held in found.held):
+        found = _confirmed(stage, unit, question, found)
     return found
 
 
-_REAL_LIMIT = 96 << 20  # bytes of tensors a probe may hold to be confirmed for real
-
-
-def _doubtful(unit: Unit, found: Probe) -> bool:
-    """A kernel that saves something besides its arguments and its first result: its fake may not know how large."""
-    return unit.call.kind == "op" and any(h.kind == "new" or (h.kind == "output" and h.index > 0) for h in found.held)
-
-
-def _confirmed(stage: Stage, unit: Unit, mask: frozenset[int], found: Probe) -> Probe:
+def _can_be_real(unit: Unit) -> bool:
     total = sum(slot.meta.nbytes for slot in (*unit.inputs, *unit.call.outputs))
-    if total > _REAL_LIMIT or any(slot.meta.device != "cpu" for slot in unit.inputs):
+    return total <= _REAL_LIMIT and all(slot.meta.device == "cpu" for slot in unit.inputs)
+
+
+def _confirmed(stage: Stage, unit: Unit, question: Question, found: Probe) -> Probe:
+    if not _can_be_real(unit):
         return replace(found, confirmed=False)
     try:
         with torch.random.fork_rng(devices=[]):
-            real = _replay(stage, unit, mask, frozenset(), frozenset(), real=True)
+            real = _replay(stage, unit, replace(question, receives=frozenset()), real=True)
     except Exception:  # a kernel that refuses made-up values says nothing about what it saves
         return replace(found, confirmed=False)
     return replace(found, held=real.held)
 
 
-def _replay(
-    stage: Stage, unit: Unit, mask: frozenset[int], needed: frozenset[int], receives: frozenset[int], *, real: bool
-) -> Probe:
+def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Probe:
     call = unit.call
     got: dict[int, Tensor] = {}
-    recording = _Recording()
-    with torch.enable_grad(), autocast(call.autocast):
-        leaves, tensors, tokens, receivers = _inputs(unit, mask, got, real=real)
+    recording = Recording()
+    with nullcontext() if real else stage.fake_mode, torch.enable_grad(), autocast(call.autocast):
+        inputs = _Inputs(unit, question.mask, got, real=real)
+        tensors = inputs.take()
         if call.kind == "torch" and call.captured and call.autocast:
             tensors[len(call.inputs) :] = _cached_casts(call, tensors)
         input_keys = [storage_key(t) for t in tensors]
-        recording.follow(tensors)
-        with recording:
+        recording.follow(tensors, [slot.side for slot in unit.inputs])
+        with _lent(stage, unit, tensors), recording:
             recording.listening = call.kind == "torch"
-            result = _perform_in_model(stage, unit, tensors, recording)
-            recording.end_forward()
+            result = perform(call, tensors, recording)
+            recording.listening = False
+            if call.kind == "function":
+                recording.note_function([tensors[h.index] for h in call.direct_tensors], result)
+            forward = recording.take()
             outputs = list(tensors_in(result))
             output_keys = [storage_key(t) for t in outputs]
-            requires_grad = tuple(t.requires_grad for t in outputs)
-            edges, gradients = _roots(call, outputs, receives)
+            edges, shapes = _roots(call, outputs, question.receives)
             nodes = [t.grad_fn for t in outputs if t.grad_fn is not None]
             del result, outputs, tensors
             if call.autocast:
                 torch.clear_autocast_cache()
-            held = _survivors(recording, input_keys, output_keys, leaves, is_user_code=call.kind != "op")
-            error = ""
-            if edges and needed:
+            held = _survivors(recording, input_keys, output_keys, inputs.leaves, is_user_code=call.kind != "op")
+            refusal = ""
+            if edges and question.mask:
+                gradients = [stand_in(meta, real=real) for meta in shapes]
+                recording.follow(gradients, [Side.DATA] * len(gradients))
                 recording.listening = True
-                error = _go_backward(edges, gradients, tokens, leaves, needed, mask)
+                with recording.watching_nodes():
+                    refusal = _go_backward(edges, gradients, inputs, question)
                 recording.listening = False
-    del nodes, receivers
-    for index, leaf in leaves.items():
+    del nodes
+    for index, leaf in inputs.leaves.items():
         if leaf.grad is not None:
             got[index] = leaf.grad
-    return Probe(held, _attributed(recording, got), frozenset(got), requires_grad, error, forward=recording.forward)
+    sparse = tuple((i, g._indices().nbytes + g._values().nbytes) for i, g in got.items() if g.is_sparse)
+    return Probe(held, recording.take(), forward, frozenset(got), sparse, refusal)
 
 
-def _inputs(unit: Unit, mask: frozenset[int], got: dict[int, Tensor], *, real: bool) -> Any:
-    """Stand-ins for the unit's inputs: one for each distinct tensor, needing a gradient where the mask says."""
+class _Inputs:
+    """Stand-ins for a unit's inputs: one for each distinct tensor, needing a gradient where the mask says.
+
+    Parameters that user code may look at stay leaves; all else is made to need a gradient by a Function of ours.
+    """
+
+    def __init__(self, unit: Unit, mask: frozenset[int], got: dict[int, Tensor], *, real: bool) -> None:
+        self.leaves: dict[int, Tensor] = {}
+        self.tokens: dict[int, Tensor] = {}
+        self._receivers: list[Receiver] = []
+        self._tensors: list[Tensor] = []
+        by_value: dict[int, Tensor] = {}
+        for index, slot in enumerate(unit.inputs):
+            tensor = by_value.get(slot.value)
+            if tensor is None:
+                known = unit.call.known.get(index) if real else None
+                tensor = stand_in(slot.meta, real=real) if known is None else known.clone()
+                if index in mask:
+                    tensor = self._needing_grad(tensor, index, got, leaf=slot.is_leaf and unit.call.kind != "op")
+                by_value[slot.value] = tensor
+            self._tensors.append(tensor)
+
+    def _needing_grad(self, tensor: Tensor, index: int, got: dict[int, Tensor], *, leaf: bool) -> Tensor:
+        if leaf:
+            self.leaves[index] = tensor.requires_grad_()
+            return tensor
+        seeded, self.tokens[index], receiver = seed(tensor, lambda gradient: got.__setitem__(index, gradient))
+        self._receivers.append(receiver)
+        return seeded
+
+    def take(self) -> list[Tensor]:
+        """The stand-ins; only the caller holds them from here on."""
+        tensors, self._tensors = self._tensors, []
+        return tensors
+
+    def targets(self, needed: frozenset[int]) -> list[Tensor]:
+        return [self.tokens.get(i, self.leaves.get(i)) for i in sorted(needed) if i in self.tokens or i in self.leaves]  # type: ignore[misc]
+
+
+def _lent(stage: Stage, unit: Unit, tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Put the stand-ins of captured parameters into the model: a Function may reach into a module, backward too."""
     call = unit.call
-    by_value: dict[int, Tensor] = {}
-    leaves: dict[int, Tensor] = {}
-    tokens: dict[int, Tensor] = {}
-    receivers: list[Receiver] = []
-    tensors: list[Tensor] = []
-    for index, slot in enumerate(unit.inputs):
-        tensor = by_value.get(slot.value)
-        if tensor is None:
-            tensor = stand_in(slot.meta, real=real)
-            if index in mask:
-                if slot.is_leaf and call.kind != "op":
-                    tensor.requires_grad_()
-                    leaves[index] = tensor
-                else:
-                    tensor, tokens[index], receiver = seed(tensor, lambda g, i=index: got.__setitem__(i, g))
-                    receivers.append(receiver)
-            by_value[slot.value] = tensor
-        tensors.append(tensor)
-    return leaves, tensors, tokens, receivers
-
-
-def _perform_in_model(stage: Stage, unit: Unit, tensors: Sequence[Tensor], recording: _Recording) -> Any:
-    call = unit.call
-    captured = tensors[len(call.inputs) :]
-    if call.kind == "function" and captured and stage.lend is not None:
-        leaves = {slot.edge[1]: t for slot, t in zip(call.captured, captured, strict=True) if slot.edge and slot.is_leaf}
-        with stage.lend(leaves):
-            return perform(call, tensors, recording.recompute)
-    return perform(call, tensors, recording.recompute)
+    if call.kind != "function" or not call.captured:
+        return nullcontext()
+    slots = zip(call.captured, tensors[len(call.inputs) :], strict=True)
+    return stage.lend({slot.edge[1]: t for slot, t in slots if slot.edge and slot.is_leaf})
 
 
 def _cached_casts(call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -255,29 +199,30 @@ def _cached_casts(call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
 
     Autocast keeps the cast of a weight that requires grad, so a later use captures it; a frozen weight is cast anew.
     """
-    casts: list[tuple[int, Tensor]] = []
+    casts: list[Tensor] = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = op(*args, **(kwargs or {}))
             if op is torch.ops.aten._to_copy.default:
-                casts.append((id(args[0]), result))
+                casts.append(result)
             return result
 
     with Watch():
         perform(call, tensors)
     found = list(tensors[len(call.inputs) :])
     for position, slot in enumerate(call.captured):
-        for _, cast in casts:
-            if describe(cast) == slot.meta and cast.requires_grad and all(cast is not f for f in found):
+        for cast in casts:
+            if cast.requires_grad and describe(cast) == slot.meta and all(cast is not f for f in found):
                 found[position] = cast
                 break
     return found
 
 
-def _roots(call: Call, outputs: list[Tensor], receives: frozenset[int]) -> tuple[list[GradientEdge], list[Tensor]]:
+def _roots(call: Call, outputs: list[Tensor], receives: frozenset[int]) -> tuple[list[GradientEdge], list[TensorMeta]]:
+    """Where backward starts, and what the gradients handed in look like."""
     edges: list[GradientEdge] = []
-    gradients: list[Tensor] = []
+    shapes: list[TensorMeta] = []
     seen: set[tuple[int, int]] = set()
     for position, tensor in enumerate(outputs):
         if tensor.grad_fn is None:
@@ -287,61 +232,42 @@ def _roots(call: Call, outputs: list[Tensor], receives: frozenset[int]) -> tuple
         if number in receives and key not in seen:
             seen.add(key)
             edges.append(GradientEdge(tensor.grad_fn, tensor.output_nr))
-            gradients.append(torch.empty_like(tensor))
-    return edges, gradients
+            shapes.append(describe(tensor))
+    return edges, shapes
 
 
 def _survivors(
-    recording: _Recording, input_keys: list[int | None], output_keys: list[int | None], leaves: Any, *, is_user_code: bool
+    recording: Recording, input_keys: list[int | None], output_keys: list[int | None], leaves: Any, *, is_user_code: bool
 ) -> tuple[Held, ...]:
     """What stays alive when everything but autograd's nodes is dropped is what autograd holds."""
-    if is_user_code and any(not ref.expired() for ref in recording.refs.values()):
+    refs: dict[int, StorageWeakRef] = recording.storages
+    if is_user_code and any(not ref.expired() for ref in refs.values()):
         gc.collect()  # user code may have left reference cycles
     held: list[Held] = []
     held_leaves = {storage_key(leaf) for leaf in leaves.values()}
-    for order, (key, ref) in enumerate(recording.refs.items()):
+    for order, (key, ref) in enumerate(refs.items()):
         if ref.expired() or key in held_leaves:
             continue
         if key in input_keys:
             held.append(Held("input", input_keys.index(key), 0))
         elif key in output_keys:
-            held.append(Held("output", output_keys.index(key), recording.nbytes[key]))
+            held.append(Held("output", output_keys.index(key), recording.nbytes[key], key in recording.secondary))
         else:
-            held.append(Held("new", order, recording.nbytes[key]))
+            held.append(Held("new", order, recording.nbytes[key], key in recording.secondary))
     return tuple(held)
 
 
-def _go_backward(
-    edges: list[GradientEdge],
-    gradients: list[Tensor],
-    tokens: dict[int, Tensor],
-    leaves: dict[int, Tensor],
-    needed: frozenset[int],
-    mask: frozenset[int],
-) -> str:
-    """Run backward towards the needed inputs. Returns autograd's refusal, if it refuses."""
-    targets = [tokens[i] for i in sorted(needed) if i in tokens] + [leaves[i] for i in sorted(needed) if i in leaves]
-    everything = needed >= mask
+def _go_backward(edges: list[GradientEdge], gradients: list[Tensor], inputs: _Inputs, question: Question) -> str:
+    """Run backward as the method would. Returns autograd's refusal, if it refuses."""
     try:
-        if everything:  # as loss.backward() does
+        if question.needed is None:
             torch.autograd.backward(edges, gradients)
-        elif targets:  # as loss.backward(inputs=...) does
-            torch.autograd.backward(edges, gradients, inputs=targets)
-    except RuntimeError as refusal:
-        if "incompatible" not in str(refusal):
+        else:
+            targets = inputs.targets(question.needed)
+            if targets:
+                torch.autograd.backward(edges, gradients, inputs=targets)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
             raise
-        return str(refusal)
+        return str(error).strip().splitlines()[0]
     return ""
-
-
-def _attributed(recording: _Recording, got: dict[int, Tensor]) -> tuple[BackwardOp, ...]:
-    """Give every output of every backward op the gradients it went into."""
-    reached: dict[tuple[int, int], set[int]] = {}
-    for index, gradient in got.items():
-        for mark in recording.marks_of(gradient):
-            reached.setdefault(mark, set()).add(index)
-    result = []
-    for number, (op, args, kwargs, outputs, recomputed) in enumerate(recording.ops):
-        reaches = tuple(frozenset(reached.get((number, p), ())) for p in range(len(outputs)))
-        result.append(BackwardOp(op, args, kwargs, outputs, reaches, recomputed))
-    return tuple(result)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from frostline.tracing.calls import Call, TensorMeta, fill
+from frostline.probing.attribution import Recording
+from frostline.tracing.calls import Call, TensorMeta, fill, tensors_in
 
 _STRIDED = torch.strided
 
@@ -31,7 +32,8 @@ def stand_in(meta: TensorMeta, *, real: bool = False) -> Tensor:
         return torch.empty(meta.shape, dtype=meta.dtype, layout=meta.layout, device=meta.device)
     tensor = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=meta.device)
     if real and tensor.numel():
-        tensor.copy_(torch.zeros((), dtype=meta.dtype) if not meta.dtype.is_floating_point else torch.ones(()))
+        every = torch.empty(0, dtype=meta.dtype, device=meta.device).set_(tensor.untyped_storage())
+        every.fill_(1 if meta.dtype.is_floating_point or meta.dtype.is_complex else 0)
     return tensor
 
 
@@ -42,7 +44,6 @@ class _Seed(torch.autograd.Function):
     def forward(ctx: Any, token: Tensor, tensor: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(tensor)
-        ctx.token_meta = token.shape
         return tensor
 
     @staticmethod
@@ -52,7 +53,7 @@ class _Seed(torch.autograd.Function):
         received = _received.get(id(ctx))
         if received is not None:
             received(gradient)
-        return gradient.new_empty(()), None
+        return torch.empty(()), None
 
 
 _received: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -90,7 +91,7 @@ def autocast(state: tuple[Any, ...]) -> Iterator[None]:
         yield
 
 
-def perform(call: Call, tensors: Sequence[Tensor], on_recompute: Callable[[], Any] | None = None) -> Any:
+def perform(call: Call, tensors: Sequence[Tensor], recording: Recording | None = None) -> Any:
     """Run ``call`` with ``tensors`` in place of its inputs (and captured tensors), under the present grad mode."""
     if call.kind == "op":
         return call.target(*fill(call.args, tensors), **fill(call.kwargs, tensors))
@@ -99,14 +100,14 @@ def perform(call: Call, tensors: Sequence[Tensor], on_recompute: Callable[[], An
             return call.target(*fill(call.args, tensors), **fill(call.kwargs, tensors))
         if call.kind == "function":
             return call.target.apply(*fill(call.args, tensors))
-        return _perform_checkpoint(call, tensors, on_recompute)
+        return _perform_checkpoint(call, tensors, recording)
 
 
-def _perform_checkpoint(call: Call, tensors: Sequence[Tensor], on_recompute: Callable[[], Any] | None) -> Any:
+def _perform_checkpoint(call: Call, tensors: Sequence[Tensor], recording: Recording | None) -> Any:
     num_inputs = len(call.inputs)
     captured = {slot.value: tensor for slot, tensor in zip(call.captured, tensors[num_inputs:], strict=True)}
     region = call.recompute[0] if call.recompute else call
-    wanted = [slot.value for slot in (region.outputs if call.recompute else call.outputs)]
+    wanted = [slot.value for slot in region.outputs]
     runs = 0
 
     def interpret_region(*given: Tensor) -> tuple[Tensor, ...]:
@@ -114,12 +115,9 @@ def _perform_checkpoint(call: Call, tensors: Sequence[Tensor], on_recompute: Cal
         runs += 1
         values = dict(captured)
         values.update(zip((slot.value for slot in region.inputs), given, strict=True))
-        with torch.autocast("cpu", enabled=False):
-            if runs > 1 and on_recompute is not None:
-                with on_recompute():
-                    interpret(region.children, values)
-            else:
-                interpret(region.children, values)
+        again = recording.recompute() if runs > 1 and recording is not None else nullcontext()
+        with torch.autocast("cpu", enabled=False), again:
+            interpret(region.children, values, recording)
         return tuple(values[value] for value in wanted)
 
     if call.recompute:
@@ -135,27 +133,19 @@ def _perform_checkpoint(call: Call, tensors: Sequence[Tensor], on_recompute: Cal
     )
 
 
-def interpret(calls: Sequence[Call], values: dict[int, Any]) -> None:
+def interpret(calls: Sequence[Call], values: dict[int, Any], recording: Recording | None = None) -> None:
     """Run recorded calls in order; ``values`` maps a trace's tensors to the ones to use, and receives the results."""
     for call in calls:
         if call.kind == "torch" and not call.opaque:
-            interpret(call.children, values)
+            interpret(call.children, values, recording)
             continue
         tensors = [values[slot.value] for slot in (*call.inputs, *call.captured)]
         with torch.set_grad_enabled(call.grad_enabled and torch.is_grad_enabled()):
-            result = perform(call, tensors)
-        if call.kind == "checkpoint" and not call.recompute:
-            values.update(zip((slot.value for slot in call.outputs), result, strict=True))
-        else:
-            bind(call, result, values)
-
-
-def bind(call: Call, result: Any, values: dict[int, Any]) -> None:
-    """Note what a call returned under the numbers its outputs had in the trace."""
-    from frostline.tracing.calls import tensors_in
-
-    for slot, tensor in zip(call.outputs, tensors_in(result), strict=True):
-        values[slot.value] = tensor
+            result = perform(call, tensors, recording)
+        if call.kind == "function" and recording is not None:
+            recording.note_function([tensors[hole.index] for hole in call.direct_tensors], result)
+        for slot, tensor in zip(call.outputs, tensors_in(result), strict=True):
+            values[slot.value] = tensor
 
 
 class Stage:
@@ -166,6 +156,6 @@ class Stage:
         lend: leaf number -> stand-in; a context manager that puts them in the model's place.
     """
 
-    def __init__(self, fake_mode: FakeTensorMode, lend: Callable[[dict[int, Tensor]], Any] | None = None) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, lend: Callable[[dict[int, Tensor]], AbstractContextManager[None]]) -> None:
         self.fake_mode = fake_mode
         self.lend = lend

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from frostline.probing.probe import Probe, probe
+from frostline.probing.probe import Probe, Question, probe
 from frostline.probing.replay import Stage
 from frostline.tracing.calls import Call, Hole
 from frostline.tracing.graph import Unit
@@ -40,7 +40,7 @@ def likeness(call: Call) -> Any:
 
 def _likeness(call: Call, numbers: dict[int, int]) -> Any:
     inputs = tuple(
-        (numbers.setdefault(slot.value, len(numbers)), slot.meta, slot.is_leaf and call.kind != "op")
+        (numbers.setdefault(slot.value, len(numbers)), slot.meta, slot.side, slot.is_leaf and call.kind != "op")
         for slot in (*call.inputs, *call.captured)
     )
     head = (call.kind, call.target, inputs, call.autocast, call.grad_enabled)
@@ -54,8 +54,8 @@ def _likeness(call: Call, numbers: dict[int, int]) -> Any:
                 call.options.get("context_fn"), children, wanted)
     if call.kind == "torch" and not call.opaque:
         return tuple(_likeness(child, numbers) for child in call.children)
-    if call.kind == "function" and call.captured:
-        raise TypeError("it reaches into its module")
+    if call.known or (call.kind == "function" and call.captured):
+        raise TypeError("its values decide, or it reaches into its module")
     result = (*head, freeze(call.args), freeze(call.kwargs))
     hash(result)
     for slot in call.outputs:
@@ -72,15 +72,14 @@ class ProbeStore:
         self._likeness: dict[Call, Any] = {}
         self._own: dict[Any, Probe] = {}
 
-    def get(self, unit: Unit, mask: frozenset[int], needed: frozenset[int], receives: frozenset[int]) -> Probe:
+    def get(self, unit: Unit, question: Question) -> Probe:
         call = unit.call
         if call not in self._likeness:
-            like = likeness(call)
-            self._likeness[call] = like
+            self._likeness[call] = likeness(call)
         like = self._likeness[call]
-        memory, key = (self._own, (call, mask, needed, receives)) if like is None else (_shared, (like, mask, needed, receives))
+        memory, key = (self._own, (call, question)) if like is None else (_shared, (like, question))
         found = memory.get(key)
         if found is None:
             self.num_asked += 1
-            found = memory[key] = probe(self.stage, unit, mask, needed, receives)
+            found = memory[key] = probe(self.stage, unit, question)
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -105,6 +106,7 @@ class Call:
     children: list[Call] = field(default_factory=list)
     recompute: list[Call] = field(default_factory=list)  # reentrant checkpoint: what its backward runs again
     options: dict[str, Any] = field(default_factory=dict)  # a checkpoint's
+    known: dict[int, Any] = field(default_factory=dict)  # values of inputs that decide the shape of the result
     captured: list[Slot] = field(default_factory=list)  # tensors used inside that are not among the inputs
     first_node: int = 0  # autograd's sequence numbers while it ran: [first_node, end_node)
     end_node: int = 0
@@ -119,6 +121,11 @@ class Call:
         if self.kind == "checkpoint":
             return "checkpoint"
         return getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)
+
+    @property
+    def direct_tensors(self) -> list[Hole]:
+        """The tensor arguments that are not inside a list: those a Function's node has a slot for."""
+        return [arg for arg in self.args if isinstance(arg, Hole)]
 
     def ops(self) -> Iterator[Call]:
         """Every op call that ran inside, in order."""
@@ -168,3 +175,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
+
+
+@functools.cache
+def is_view(op: Any) -> bool:
+    """Whether an op only returns views of its arguments, by its schema."""
+    returns = op._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)

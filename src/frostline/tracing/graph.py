@@ -159,6 +159,26 @@ class Graph:
             if unit is not None:
                 unit.held = True
         self._find_region_outputs()
+        self.forced_leaves = self._forced_leaves()
+
+    def _forced_leaves(self) -> list[tuple[int, int]]:
+        """Tensors that are leaves though no parameters: (what would make them no leaf, their storage).
+
+        A leaf is held by its own node: an input that requires grad, or an activation after ``requires_grad_()``.
+        """
+        found: dict[Edge, tuple[int, int]] = {}
+        for unit in self.units:
+            if not unit.held:
+                continue
+            for slot, bits in zip(unit.inputs, unit.behind, strict=True):
+                edge = slot.edge
+                if edge is None or not bits or edge in found:
+                    continue
+                if edge[0] < 0 and edge[1] not in self.tape.parameter_of_leaf:
+                    found[edge] = (0, slot.storage)
+                elif edge[0] >= 0 and edge in self.recorder.always_edges:
+                    found[edge] = (self._behind(self.recorder.nodes[edge[0]]), slot.storage)
+        return list(found.values())
 
     def _match(self, calls: list[Call]) -> dict[int, int]:
         """Which unit made each reached node: by autograd's sequence numbers."""
@@ -195,9 +215,9 @@ class Graph:
                 owners[id(node)] = function_unit[id(function_call)]
             elif position >= 0 and number < intervals[position][1]:
                 owners[id(node)] = intervals[position][2]
-            elif number in made_by and node.name() != "CopySlices":
+            elif number in made_by and not _is_copy_slices(node):
                 owners[id(node)] = made_by[number]
-            elif node.name() == "CopySlices" and starts:
+            elif _is_copy_slices(node) and starts:
                 owners[id(node)] = start_unit[bisect_right(starts, number) - 1]
             elif _saves_tensors(node):
                 around = _enclosing_torch_call(self.tape.calls, number)
@@ -281,13 +301,17 @@ class Graph:
             if node in self.recorder._node_index
             for nr in numbers
         }
-        for node in self._reached:
-            unit = self._owner_of_node.get(id(node))
-            if unit is not None and unit.call.kind == "op":
-                unit.receives = frozenset(received.get(id(node), ()))
         for unit in self.units:
             if unit.call.kind != "op":
                 unit.receives = frozenset(i for i, slot in enumerate(unit.outputs) if slot.edge in edges)
+        for node in self._reached:
+            unit = self._owner_of_node.get(id(node))
+            if unit is None or id(node) not in received:
+                continue
+            if unit.call.kind == "op":
+                unit.receives = frozenset(received[id(node)])
+            elif _is_copy_slices(node):  # written in place through a view: the view it returns stands for the base
+                unit.receives = frozenset(range(len(unit.outputs)))
 
     def _passes(self, node: Any, numbers: frozenset[int], defined: Defined) -> frozenset[int]:
         unit = self._owner_of_node.get(id(node))
@@ -295,7 +319,7 @@ class Graph:
         if unit is None or unit.call.kind != "function":
             return every
         gets = defined(unit, numbers)
-        direct = [hole.index for hole in _direct_tensors(unit.call)]
+        direct = [hole.index for hole in unit.call.direct_tensors]
         if len(direct) != len(node.next_functions):
             return every
         return frozenset(position for position, index in enumerate(direct) if index in gets)
@@ -309,12 +333,6 @@ class Graph:
         self.recorder.nodes = [None] * len(self.recorder.nodes)
 
 
-def _direct_tensors(call: Call) -> list[Any]:
-    from frostline.tracing.calls import Hole
-
-    return [arg for arg in call.args if isinstance(arg, Hole)]
-
-
 def _mark_functions_opaque(calls: Iterable[Call]) -> None:
     """A torch call that runs an autograd.Function (a custom op) is replayed as the torch call it is."""
     for call in calls:
@@ -326,12 +344,11 @@ def _mark_functions_opaque(calls: Iterable[Call]) -> None:
 
 def _find_captured(call: Call) -> None:
     """Tensors that the call's inside used and that came neither from its arguments nor from inside; nested ones too."""
-    known = {slot.value for slot in call.inputs}
+    known = {slot.value for slot in (*call.inputs, *call.captured)}
     inside = call.children
     if call.recompute:
         known |= {slot.value for slot in call.recompute[0].inputs}
         inside = call.recompute[0].children
-    call.captured = []
     for child in inside:
         if child.kind != "op":
             _find_captured(child)
@@ -351,9 +368,14 @@ def _enclosing_torch_call(calls: Iterable[Call], number: int) -> Call | None:
     return None
 
 
+def _is_copy_slices(node: Any) -> bool:
+    """The node of a base that was written to through a view."""
+    return bool(node.name().endswith("CopySlices"))
+
+
 def _saves_tensors(node: Any) -> bool:
     """Whether a node that no op explains may hold or compute something: view nodes made anew do not."""
     name = node.name()
     if any(attribute.startswith("_raw_saved_") for attribute in dir(node)):
         return True
-    return "CppNode" in name or "CopySlices" in name or not name.endswith(("Backward0", "Backward1"))
+    return not name.endswith(("Backward0", "Backward1"))

@@ -7,6 +7,7 @@ Tensors are kept as numbers: which object (value), which storage, which edge of 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.tracing.calls import Call, Edge, Side, Slot, TensorMeta, describe, template, tensors_in
+from frostline.tracing.calls import Call, Edge, Side, Slot, TensorMeta, describe, is_view, template, tensors_in
 from frostline.tracing.interception import is_reentrant_checkpoint
 
 _set_requires_grad = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
@@ -98,6 +99,20 @@ class Recorder:
             self.storage_refs.append(StorageWeakRef(storage))  # keeps the address from being used again
             self.sides.append(side)
         return number
+
+    def alias(self, result: Any, number: int) -> None:
+        """Give what an op returned of its first argument that argument's storage number.
+
+        The fake mode's stand-in for a real tensor has a storage of its own.
+        """
+        for tensor in tensors_in(result):
+            try:
+                storage = tensor.untyped_storage()
+            except (NotImplementedError, RuntimeError):
+                continue
+            if storage._cdata not in self._storage_index:
+                self._storage_index[storage._cdata] = number
+                self.storage_refs.append(StorageWeakRef(storage))
 
     def _storage_of_parts(self, tensor: Tensor, side: Side) -> int:
         key = -id(tensor)
@@ -180,6 +195,8 @@ class Recorder:
     def on_apply(self, cls: type, args: tuple[Any, ...], run: Callable[..., Any]) -> Any:
         reentrant = is_reentrant_checkpoint(cls)
         call = self.begin("checkpoint" if reentrant else "function", cls, args, {})
+        if reentrant:
+            call.captured = [self.slot(t) for t in tensors_in(_closed_over(args[0]))]
         call.autocast = autocast_state()
         with self.inside(call):
             result = run(*args)
@@ -211,7 +228,7 @@ class Recorder:
     def checkpoint_region(
         self, function: Callable[..., Any], options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[None]:
-        call = self.begin("checkpoint", torch.utils.checkpoint.checkpoint, args, kwargs)
+        call = self.begin("checkpoint", torch.utils.checkpoint.checkpoint, (args, _closed_over(function)), kwargs)
         call.autocast = autocast_state()
         call.options = options
         with self.inside(call):
@@ -227,6 +244,21 @@ class Recorder:
 
     def leave_module(self, _module: nn.Module, _args: Any, _result: Any) -> None:
         self.module_stack.pop()
+
+
+def _closed_over(function: Any) -> list[Any]:
+    """Tensors that a callable brings along, which a checkpoint keeps with it: of a partial, or in a closure."""
+    found: list[Any] = []
+    while isinstance(function, functools.partial):
+        found += [function.args, function.keywords]
+        function = function.func
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    found.append(getattr(function, "__defaults__", None) or ())
+    return [t for t in tensors_in(found) if not isinstance(t, nn.Parameter)]
 
 
 class _DispatchMode(TorchDispatchMode):
@@ -245,6 +277,8 @@ class _DispatchMode(TorchDispatchMode):
         result = self._run_for_real(op, args, kwargs, given) if self.fake else NotImplemented
         if result is NotImplemented:
             result = op(*args, **kwargs)
+        if given and (is_view(op) or op._schema.is_mutable):
+            recorder.alias(result, given[0].storage)
         if torch.Tag.nondeterministic_seeded in op.tags:
             side = Side.DATA
         else:

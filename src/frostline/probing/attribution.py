@@ -1,0 +1,254 @@
+"""Recording a replay's ops, and finding out which gradient each backward op was for.
+
+An op of the backward belongs to the autograd node that runs it; the slots of that node its result lands in say what
+it is a gradient towards. Results are followed through their storages, so that views and in-place sums count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from frostline.tracing.calls import Side, TensorMeta, describe, tensors_in
+
+Mark = tuple[int, int]  # (number of a recorded op, which of its outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class RanOp:
+    """One op call that a replay ran. Tensors in ``args`` are `TensorMeta`.
+
+    ``sides``: per output, what it is a gradient towards; None where it reached no gradient of its node.
+    ``recomputed``: forward work done again by a checkpoint.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[TensorMeta | None, ...]
+    sides: tuple[Side | None, ...] = ()
+    recomputed: bool = False
+
+
+@dataclass(slots=True)
+class _Running:
+    op: Any
+    args: Any
+    kwargs: Any
+    outputs: tuple[TensorMeta | None, ...]
+    recomputed: bool
+    node: int | None  # sequence number of the autograd node that runs it; None once that node is done
+    sides: list[Side | None]
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """Identifies a live storage; None for tensors that have none of their own (sparse ones)."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+class Recording(TorchDispatchMode):
+    """Records one replay: ops, storages (weakly), the side of every tensor, and sides of gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, StorageWeakRef] = {}
+        self.nbytes: dict[int, int] = {}
+        self.secondary: set[int] = set()  # storages that were a second or later result of a kernel
+        self.ops: list[_Running] = []
+        self.listening = False
+        self.recomputing = False
+        self._storage_sides: dict[int, Side] = {}
+        self._edge_sides: dict[tuple[int, int], Side] = {}
+        self._function_sides: dict[int, list[Side]] = {}
+        self._marks: dict[int, frozenset[Mark]] = {}
+        self._hooked: set[int] = set()
+
+    # -- forward: storages and sides -----------------------------------------------------------------------------------
+
+    def follow(self, tensors: Sequence[Tensor], sides: Sequence[Side] | None = None) -> None:
+        """Watch whether the storages of ``tensors`` stay alive; ``sides`` says what they were made from."""
+        for position, tensor in enumerate(tensors):
+            key = storage_key(tensor)
+            if key is None:
+                continue
+            if key not in self.storages:
+                self.storages[key] = StorageWeakRef(tensor.untyped_storage())
+                self.nbytes[key] = tensor.untyped_storage().nbytes()
+            if sides is not None:
+                self._storage_sides[key] = max(self._storage_sides.get(key, Side.CONSTANT), sides[position])
+
+    def side_of(self, tensor: Tensor) -> Side:
+        key = storage_key(tensor)
+        return Side.DATA if key is None else self._storage_sides.get(key, Side.DATA)
+
+    def note_function(self, arguments: Sequence[Any], result: Any) -> None:
+        """Say which tensors went into a Function's node: its slots are theirs, wanted or not."""
+        sides = [self.side_of(a) for a in arguments if isinstance(a, Tensor)]
+        for tensor in tensors_in(result):
+            if tensor.grad_fn is not None:
+                self._function_sides[tensor.grad_fn._sequence_nr()] = sides
+                return
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = op(*args, **kwargs)
+        if op.namespace == "prim":
+            return result
+        given, made = list(tensors_in((args, kwargs))), list(tensors_in(result))
+        side = max(map(self.side_of, given), default=Side.CONSTANT)
+        if torch.Tag.nondeterministic_seeded in op.tags:
+            side = Side.DATA
+        self.follow(made, [side] * len(made))
+        self.secondary.update(key for key in map(storage_key, made[1:]) if key is not None)
+        for tensor in given:
+            if tensor.grad_fn is not None:
+                self._edge_sides[(tensor.grad_fn._sequence_nr(), tensor.output_nr)] = self.side_of(tensor)
+        if op._schema.is_mutable:
+            self.follow(given, [side] * len(given))
+        if self.listening:
+            self._record(op, args, kwargs, result, given, made)
+        return result
+
+    # -- backward: what each op is for ---------------------------------------------------------------------------------
+
+    def _record(self, op: Any, args: Any, kwargs: Any, result: Any, given: list[Tensor], made: list[Tensor]) -> None:
+        node = torch._C._current_autograd_node()
+        flat = list(result) if isinstance(result, (tuple, list)) else [result]
+        outputs = tuple(describe(o) if isinstance(o, Tensor) else None for o in flat)
+        number = len(self.ops)
+        self.ops.append(
+            _Running(
+                op,
+                as_metas(args),
+                as_metas(kwargs),
+                outputs,
+                self.recomputing,
+                None if node is None else node._sequence_nr(),
+                [None] * len(outputs),
+            )
+        )
+        through: frozenset[Mark] = frozenset().union(*(self._marks_of(t) for t in given))
+        for position, tensor in enumerate(flat):
+            if isinstance(tensor, Tensor):
+                self._mark(tensor, through | {(number, position)})
+        if op._schema.is_mutable:
+            returned = {storage_key(m) for m in made}
+            for tensor in given:
+                if storage_key(tensor) not in returned:
+                    self._mark(tensor, through | {(number, 0)})
+
+    def _marks_of(self, tensor: Tensor) -> frozenset[Mark]:
+        key = storage_key(tensor)
+        return self._marks.get(id(tensor) if key is None else key, frozenset())
+
+    def _mark(self, tensor: Tensor, marks: frozenset[Mark]) -> None:
+        key = storage_key(tensor)
+        key = id(tensor) if key is None else key
+        self._marks[key] = self._marks.get(key, frozenset()) | marks
+
+    @contextmanager
+    def watching_nodes(self) -> Iterator[None]:
+        """Hook every node that autograd's engine is about to run, also in backward runs inside the backward."""
+        run = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+        def run_hooked(t_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            for output in t_outputs:
+                node = output.node if isinstance(output, torch.autograd.graph.GradientEdge) else output.grad_fn
+                if node is not None:
+                    self._hook(node)
+            return run(t_outputs, *args, **kwargs)
+
+        with mock.patch.object(torch.autograd, "_engine_run_backward", run_hooked):
+            yield
+
+    def _hook(self, root: Any) -> None:
+        stack = [root]
+        while stack:
+            node = stack.pop()
+            is_leaf = hasattr(node, "variable") and not node.next_functions
+            if is_leaf:
+                side = self._leaf_side(node)
+                node.register_prehook(lambda gradients, side=side: self._landed(gradients, [side], done=None))
+                continue
+            number = node._sequence_nr()
+            if number in self._hooked:
+                continue
+            self._hooked.add(number)
+            sides = self._slot_sides(node, number)
+            node.register_hook(
+                lambda gradients, _, sides=sides, number=number: self._landed(gradients, sides, done=number)
+            )
+            stack.extend(fn for fn, _ in node.next_functions if fn is not None)
+
+    def _slot_sides(self, node: Any, number: int) -> list[Side]:
+        known = self._function_sides.get(number)
+        edges = node.next_functions
+        if known is not None and len(known) == len(edges):
+            return known
+        return [
+            Side.CONSTANT
+            if fn is None
+            else self._leaf_side(fn)
+            if hasattr(fn, "variable") and not fn.next_functions
+            else self._edge_sides.get((fn._sequence_nr(), nr), Side.DATA)
+            for fn, nr in edges
+        ]
+
+    def _leaf_side(self, node: Any) -> Side:
+        """A leaf is a parameter, unless user code detached it from something else."""
+        return self.side_of(node.variable)
+
+    def _landed(self, gradients: Any, sides: Sequence[Side], *, done: int | None) -> None:
+        """Gradients arrived in slots: whatever unfinished op they came through is for those slots."""
+        for gradient, side in zip(gradients, sides, strict=False):
+            if not isinstance(gradient, Tensor):
+                continue
+            for number, position in self._marks_of(gradient):
+                op = self.ops[number]
+                if op.node is not None:
+                    op.sides[position] = max(op.sides[position] or Side.CONSTANT, side)
+        if done is not None:
+            for op in self.ops:
+                if op.node == done:
+                    op.node = None
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def take(self) -> tuple[RanOp, ...]:
+        """The ops recorded since the last call."""
+        taken = tuple(RanOp(o.op, o.args, o.kwargs, o.outputs, tuple(o.sides), o.recomputed) for o in self.ops)
+        self.ops = []
+        self._marks.clear()
+        return taken
+
+    @contextmanager
+    def recompute(self) -> Iterator[None]:
+        """What runs inside is forward work done again."""
+        before, self.recomputing = self.recomputing, True
+        try:
+            yield
+        finally:
+            self.recomputing = before
+
+
+def as_metas(value: Any) -> Any:
+    """``value`` with every tensor replaced by its `TensorMeta`."""
+    if isinstance(value, Tensor):
+        return describe(value)
+    if isinstance(value, (tuple, list)):
+        items = [as_metas(item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, dict):
+        return {key: as_metas(item) for key, item in value.items()}
+    return value

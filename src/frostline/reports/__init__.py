@@ -1,0 +1,1 @@
+"""Costs as text, JSON and HTML: three views of the same figures."""

@@ -1,0 +1,181 @@
+"""What was learnt, in words with names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from frostline.costing.cost import Cost
+from frostline.costing.marginal import Change, early_parameters, order_of_use
+from frostline.errors import FrostlineError
+from frostline.reports.names import summary
+from frostline.reports.units import bytes_text, flops_text, ratio, share
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence or two. ``kind`` is for programs: floor, reach, early, waste, slice, unreached, uncounted, note."""
+
+    kind: str
+    text: str
+
+
+def findings(rows: Sequence[tuple[str, Cost]]) -> list[Finding]:
+    """What the rows of one table teach. What every figure rests on comes last."""
+    costs = [cost for _, cost in rows]
+    several_models = len({id(cost.trace) for cost in costs}) > 1
+    found: list[Finding] = []
+    if several_models:
+        found.append(
+            Finding("shares", 'shares ("of all") are of each row\'s own model with everything trained; figures compare.')
+        )
+    else:
+        found += [*_floor(costs[0]), *_reach(rows), *_early(rows), *_waste(rows)]
+    for label, cost in rows:
+        found += [*_unreached(label, cost), *_slices(label, cost)]
+    found += [*_uncounted(costs), *_notes(costs)]
+    return list(dict.fromkeys(found))
+
+
+def reach(cost: Cost) -> str:
+    """The parameter that makes backward go as far back as it does: of those with a gradient, the first one used."""
+    used = order_of_use(cost)
+    return used[0] if used else ""
+
+
+def trained_words(cost: Cost) -> str:
+    """What trains, in a few words."""
+    if cost.subset.slices:
+        spelled = cost.subset.spelled()
+        return ", ".join(spelled[:3]) + (f" and {len(spelled) - 3} more" if len(spelled) > 3 else "")
+    return summary(cost.subset.names, _trainable(cost))
+
+
+def _trainable(cost: Cost) -> list[str]:
+    names = list(cost.trace.parameters)
+    return [names[n] for n in sorted(cost.trace.trainable_numbers)]
+
+
+def _floor(cost: Cost) -> Iterator[Finding]:
+    full = cost.full
+    yield Finding(
+        "floor",
+        f"the floor: the forward alone is {flops_text(full.forward_flops)}, "
+        f"{share(full.forward_flops, full.step_flops)} of a full step; no subset costs less.",
+    )
+
+
+def _reach(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
+    """The row in which the fewest parameters pull backward the furthest."""
+    best: tuple[float, str, Cost] | None = None
+    for label, cost in rows:
+        few = cost.num_trained <= 0.05 * cost.num_parameters
+        backward, full = cost.backward_flops, cost.full.backward_flops
+        if few and cost.method == "freeze" and full and backward >= 0.25 * full:
+            key = (backward / full, label, cost)
+            best = key if best is None or key[0] > best[0] else best
+    if best is None:
+        return
+    _, label, cost = best
+    yield Finding(
+        "reach",
+        f"{label} trains {share(cost.num_trained, cost.num_parameters)} of the parameters and still pays "
+        f"{share(cost.backward_flops, cost.full.backward_flops)} of a full backward, "
+        f"because that reaches {reach(cost)}, the first of them that the forward uses.",
+    )
+
+
+def _early(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
+    """The few early parameters of one row that cause most of its backward."""
+    best: tuple[float, str, Cost, Change] | None = None
+    for label, cost in rows:
+        if cost.method != "freeze" or cost.trace.diverges:
+            continue
+        change = early_parameters(cost)
+        if change is not None and change.step_flops > 0.05 * cost.step_flops:
+            key = (change.step_flops / cost.step_flops, label, cost, change)
+            best = key if best is None or key[0] > best[0] else best
+    if best is not None:
+        yield Finding("early", f"{best[1]}: {early_words(best[2], best[3])}")
+
+
+def early_words(cost: Cost, change: Change) -> str:
+    """The sentence about a few early parameters."""
+    kept = share(change.saved_bytes, cost.saved_bytes)
+    return (
+        f"freezing the {change.num_elements:,} numbers of {summary(change.names, _trainable(cost))} would save "
+        f"{share(change.step_flops, cost.step_flops)} of the step and {kept} of the saved bytes."
+    )
+
+
+def _waste(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
+    """What handing only the subset to the optimizer would waste, for the row where it wastes most."""
+    best: tuple[float, str, Cost, Cost] | None = None
+    for label, cost in rows:
+        if cost.method != "freeze":
+            continue
+        try:
+            naive = cost.trace.cost(cost.subset, method="optimizer-only", optimizer=cost._optimizer)
+        except FrostlineError:
+            continue
+        key = (naive.step_flops / max(cost.step_flops, 1), label, cost, naive)
+        best = key if best is None or key[0] > best[0] else best
+    if best is None:
+        return
+    times, label, cost, naive = best
+    unused = naive.gradient_bytes - cost.gradient_bytes
+    if times < 1.02 and not unused:
+        return
+    yield Finding(
+        "waste",
+        f"{label} without freezing the rest (only its parameters handed to the optimizer) would cost "
+        f"{ratio(naive.step_flops, cost.step_flops)} the FLOPs, save {bytes_text(naive.saved_bytes)} instead of "
+        f"{bytes_text(cost.saved_bytes)}, and keep {bytes_text(unused)} of gradients that nothing uses. "
+        "So set requires_grad_(False) on the rest.",
+    )
+
+
+def _unreached(label: str, cost: Cost) -> Iterator[Finding]:
+    if cost.unreached:
+        yield Finding(
+            "unreached",
+            f"{label}: the loss does not reach {summary(cost.unreached, _trainable(cost))}, "
+            "so it gets no gradient and no optimizer state.",
+        )
+
+
+def _slices(label: str, cost: Cost) -> Iterator[Finding]:
+    needs = cost.slice_needs
+    if needs is None:
+        return
+    whole = cost.num_sliced_tensor_elements
+    yield Finding(
+        "slice",
+        f"{label}: torch pays for the whole of each sliced tensor, {whole:,} numbers for {needs.elements:,}. The slices "
+        f"alone need {bytes_text(needs.gradient_bytes)} of gradients and {bytes_text(needs.optimizer_bytes)} of "
+        "optimizer state.",
+    )
+
+
+def _uncounted(costs: Sequence[Cost]) -> Iterator[Finding]:
+    modules: dict[str, dict[str, None]] = {}
+    for cost in costs:
+        for op, where in cost.uncounted.items():
+            modules.setdefault(op, {}).update(dict.fromkeys(where))
+    for op, where in modules.items():
+        first = next((module for module in where if module), "the model itself")
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        yield Finding(
+            "uncounted",
+            f"uncounted: {op} (in {first}{more}) has no FLOP formula, so its FLOPs are in no total; "
+            "fl.register_flops gives it one.",
+        )
+
+
+def _notes(costs: Sequence[Cost]) -> Iterator[Finding]:
+    for basis in dict.fromkeys(basis for cost in costs for basis in cost.basis.values()):
+        word, _, what = basis.partition(": ")
+        if what:
+            yield Finding("basis", f"{word}: {what}.")
+    for note in dict.fromkeys(note for cost in costs for note in cost.notes):
+        yield Finding("note", f"note: {note}.")

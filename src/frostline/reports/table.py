@@ -1,0 +1,157 @@
+"""A table of costs: one unit a column, shares of training everything, the basis under each column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from frostline.costing.breakdown import Row
+from frostline.costing.cost import Cost
+from frostline.reports.units import Unit, bytes_unit, flops_unit, percent
+
+GAP = "  "
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column; every cell is text already, the last line says how its figures are known."""
+
+    title: str
+    unit: str
+    cells: tuple[str, ...]
+    basis: str = ""
+    left: bool = False
+
+    @property
+    def width(self) -> int:
+        return max(len(text) for text in (self.title, self.unit, self.basis, *self.cells))
+
+    def pad(self, text: str) -> str:
+        return text.ljust(self.width) if self.left else text.rjust(self.width)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal height."""
+
+    columns: tuple[Column, ...]
+
+    @property
+    def width(self) -> int:
+        return sum(c.width for c in self.columns) + len(GAP) * (len(self.columns) - 1)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.columns[0].cells)
+
+    def head(self) -> list[str]:
+        return [self._line([c.title for c in self.columns]), self._line([c.unit for c in self.columns])]
+
+    def body(self) -> list[str]:
+        return [self._line([c.cells[i] for c in self.columns]) for i in range(self.num_rows)]
+
+    def foot(self) -> list[str]:
+        return [self._line([c.basis for c in self.columns])] if any(c.basis for c in self.columns) else []
+
+    def _line(self, cells: Sequence[str]) -> str:
+        return GAP.join(c.pad(text) for c, text in zip(self.columns, cells, strict=True)).rstrip()
+
+
+def cost_table(labels: Sequence[str], costs: Sequence[Cost], width: int, label_title: str = "") -> Table:
+    """The widest table of these costs that fits: narrower ones add columns up, and say what was added."""
+    tables = [_costs(labels, costs, label_title, detail) for detail in (3, 2, 1, 0)]
+    return next((table for table in tables if table.width <= width), tables[-1])
+
+
+def _costs(labels: Sequence[str], costs: Sequence[Cost], label_title: str, detail: int) -> Table:
+    full = [cost.full for cost in costs]
+    num = [cost.num_trained for cost in costs]
+    flops = flops_unit([c.step_flops for c in costs])
+    kept = bytes_unit([max(c.saved_bytes, c.gradient_bytes, c.optimizer_bytes) for c in costs])
+    columns = [Column(label_title, "", tuple(labels), "basis", left=True)]
+    if len({cost.method for cost in costs}) > 1 and not set(labels) <= {cost.method for cost in costs}:
+        columns.append(Column("method", "", tuple(c.method for c in costs), "", left=True))
+    columns.append(
+        Column("trains", "%", tuple(percent(n, c.num_parameters, 2) for n, c in zip(num, costs, strict=True)))
+    )
+
+    def amounts(title: str, unit: Unit, figure: Callable[[Cost], int], *figures: str) -> None:
+        cells = tuple(unit(figure(cost)) for cost in costs)
+        columns.append(Column(title, unit.name, cells, basis_word(costs, *figures)))
+
+    def shares(figure: Callable[[Cost], int]) -> None:
+        cells = tuple(percent(figure(c), figure(f)) for c, f in zip(costs, full, strict=True))
+        columns.append(Column("of all", "%", cells))
+
+    differs = len({cost.forward_flops for cost in costs}) > 1
+    if detail == 3 or (differs and detail >= 1):
+        amounts("forward", flops, lambda c: c.forward_flops, "forward_flops")
+    if detail >= 2:
+        amounts("grad_input", flops, lambda c: c.grad_input_flops, "grad_input_flops")
+        amounts("grad_weight", flops, lambda c: c.grad_weight_flops, "grad_weight_flops")
+        if any(cost.recompute_flops for cost in costs):
+            amounts("recompute", flops, lambda c: c.recompute_flops, "recompute_flops")
+    else:
+        amounts("backward", flops, lambda c: c.backward_flops, "backward_flops")
+    amounts("step", flops, lambda c: c.step_flops, "step_flops")
+    shares(lambda c: c.step_flops)
+    amounts("saved", kept, lambda c: c.saved_bytes, "saved_bytes")
+    shares(lambda c: c.saved_bytes)
+    if detail >= 2:
+        amounts("gradients", kept, lambda c: c.gradient_bytes, "gradient_bytes")
+        amounts("optimizer", kept, lambda c: c.optimizer_bytes, "optimizer_bytes")
+    elif detail == 1:
+        amounts("grads+opt", kept, lambda c: c.gradient_bytes + c.optimizer_bytes, "gradient_bytes", "optimizer_bytes")
+    return Table(tuple(columns))
+
+
+def basis_word(costs: Sequence[Cost], *figures: str) -> str:
+    """How a column is known: the weakest word among its rows. What was assumed is said below the table."""
+    words = {cost.basis[figure].partition(":")[0] for cost in costs for figure in figures}
+    return next((word for word in ("assumed", "predicted", "measured", "exact") if word in words), "")
+
+
+def row_table(rows: Sequence[Row], total: Cost, width: int, title: str) -> Table:
+    """The table of a breakdown; its last row is the total."""
+    tables = [_rows(rows, total, title, detail) for detail in (2, 1, 0)]
+    return next((table for table in tables if table.width <= width), tables[-1])
+
+
+def _rows(rows: Sequence[Row], total: Cost, title: str, detail: int) -> Table:
+    sums = [*rows, _total_row(total)]
+    flops = flops_unit([row.step_flops for row in sums])
+    kept = bytes_unit([max(row.saved_bytes, row.gradient_bytes, row.optimizer_bytes) for row in sums])
+    columns = [Column(title, "", tuple(row.name for row in sums), left=True)]
+
+    def amounts(name: str, unit: Unit, figure: Callable[[Row], int]) -> None:
+        columns.append(Column(name, unit.name, tuple(unit(figure(row)) for row in sums)))
+
+    amounts("forward", flops, lambda r: r.forward_flops)
+    if detail == 2:
+        amounts("grad_input", flops, lambda r: r.grad_input_flops)
+        amounts("grad_weight", flops, lambda r: r.grad_weight_flops)
+        if total.recompute_flops:
+            amounts("recompute", flops, lambda r: r.recompute_flops)
+    else:
+        amounts("backward", flops, lambda r: r.backward_flops)
+    columns.append(Column("of step", "%", tuple(percent(row.step_flops, total.step_flops) for row in sums)))
+    amounts("saved", kept, lambda r: r.saved_bytes)
+    if detail >= 1:
+        amounts("gradients", kept, lambda r: r.gradient_bytes)
+        amounts("optimizer", kept, lambda r: r.optimizer_bytes)
+    return Table(tuple(columns))
+
+
+def _total_row(cost: Cost) -> Row:
+    return Row(
+        "total",
+        cost.forward_flops,
+        cost.grad_input_flops,
+        cost.grad_weight_flops,
+        cost.recompute_flops,
+        cost.saved_bytes,
+        cost.gradient_bytes,
+        cost.optimizer_bytes,
+        cost.moved_bytes,
+        cost.num_trained,
+    )

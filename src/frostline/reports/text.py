@@ -1,0 +1,270 @@
+"""Reports for a terminal: plain lines with a style each, so that width and colour are the caller's choice."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from frostline.costing.breakdown import Row
+from frostline.costing.comparison import Comparison
+from frostline.costing.cost import Cost
+from frostline.costing.marginal import Change, Marginal
+from frostline.reports.findings import early_words, findings, reach, trained_words
+from frostline.reports.header import header
+from frostline.reports.names import collapsed
+from frostline.reports.table import Column, Table, cost_table, row_table
+from frostline.reports.units import bytes_text, bytes_unit, flops_unit, percent, share
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDTH = 100
+EVERYTHING = "(everything)"
+"""The row that shares are shares of, where no row of the caller's is it."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line; ``style`` is rich's."""
+
+    text: str
+    style: str = ""
+
+
+def plain(lines: Iterable[Line]) -> str:
+    return "\n".join(line.text for line in lines)
+
+
+def show(lines: Iterable[Line], console: Console) -> None:
+    """Print to a terminal in colour, to anything else without."""
+    from rich.text import Text
+
+    for line in lines:
+        console.print(Text(line.text, style=line.style), soft_wrap=True)
+
+
+# -- one cost ---------------------------------------------------------------------------------------------------------
+
+
+def cost_line(cost: Cost) -> str:
+    """What a subset costs, in one line: the honest ``print_trainable_parameters()``."""
+    full = cost.full
+    gradients = cost.gradient_bytes + cost.optimizer_bytes
+    parts = [
+        f"trainable {share(cost.num_trained, cost.num_parameters)} of parameters",
+        f"{share(cost.step_flops, full.step_flops)} of a full step's FLOPs",
+        f"{share(cost.saved_bytes, full.saved_bytes)} of its saved bytes",
+        f"{share(gradients, full.gradient_bytes + full.optimizer_bytes)} of its gradients and optimizer state",
+    ]
+    if cost.step_seconds is not None and full.step_seconds:
+        parts.insert(2, f"{share(cost.step_seconds, full.step_seconds)} of its time")
+    words = dict.fromkeys(cost.basis[f].partition(":")[0] for f in ("step_flops", "saved_bytes", "gradient_bytes"))
+    parts.append(" and ".join(words) + (f", but for {len(cost.uncounted)} uncounted ops" if cost.uncounted else ""))
+    return " | ".join(parts)
+
+
+# -- several costs ----------------------------------------------------------------------------------------------------
+
+
+def comparison_text(comparison: Comparison, width: int = WIDTH) -> str:
+    return plain(comparison_lines(comparison, width))
+
+
+def comparison_lines(comparison: Comparison, width: int = WIDTH, label_title: str = "") -> Iterator[Line]:
+    """Header, table, what trains in each row and how far backward reaches, then what was learnt."""
+    rows = with_everything(comparison.rows)
+    costs = [cost for _, cost in rows]
+    for trace in comparison.traces:
+        yield from header_lines(header(trace).lines(), width)
+    yield Line("")
+    optimizers = dict.fromkeys(cost.optimizer for cost in costs)
+    table = cost_table([label for label, _ in rows], costs, width, label_title)
+    yield from table_lines(table)
+    yield Line("")
+    yield from _reach_lines(rows, width)
+    yield Line("")
+    for finding in findings(comparison.rows):
+        yield from bullet(finding.text, width, "yellow" if finding.kind in ("uncounted", "unreached") else "")
+    yield from bullet(_legend(optimizers, costs), width, "dim")
+
+
+def with_everything(rows: Sequence[tuple[str, Cost]]) -> list[tuple[str, Cost]]:
+    """The rows, and what their shares are shares of where it is one model and not among them."""
+    full = rows[0][1].full
+    one_model = len({id(cost.trace) for _, cost in rows}) == 1
+    there = any(cost.subset == full.subset and cost.method == full.method for _, cost in rows)
+    return [*rows, (EVERYTHING, full)] if one_model and not there else list(rows)
+
+
+def _legend(optimizers: Iterable[str], costs: Sequence[Cost]) -> str:
+    names = " and ".join(optimizers)
+    how = " and ".join(dict.fromkeys(cost.method for cost in costs))
+    return (
+        f"method {how}; optimizer: the state of {names}. A multiply-add is 2 FLOPs. "
+        "saved: what autograd holds when the loss returns."
+    )
+
+
+def header_lines(lines: Iterable[str], width: int) -> Iterator[Line]:
+    for number, text in enumerate(lines):
+        for part in textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False):
+            yield Line(part, "bold" if number == 0 else "")
+
+
+def table_lines(table: Table, total: bool = False) -> Iterator[Line]:
+    title, unit = table.head()
+    yield Line(title, "bold")
+    if unit:
+        yield Line(unit, "dim")
+    body = table.body()
+    for number, text in enumerate(body):
+        yield Line(text, "bold" if total and number == len(body) - 1 else "")
+    for text in table.foot():
+        yield Line(text, "dim")
+
+
+def bullet(text: str, width: int, style: str = "") -> Iterator[Line]:
+    wrapped = textwrap.wrap(
+        text, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )
+    for part in wrapped:
+        yield Line(part, style)
+
+
+def _reach_lines(rows: Sequence[tuple[str, Cost]], width: int) -> Iterator[Line]:
+    """What trains in each row, and how far backward reaches because of which parameter."""
+    told: dict[tuple[str, str], list[str]] = {}
+    for label, cost in rows:
+        told.setdefault((trained_words(cost), reach(cost)), []).append(label)
+    table = Table(
+        (
+            Column("", "", tuple(", ".join(labels) for labels in told.values()), left=True),
+            Column("trains", "", tuple(what for what, _ in told), left=True),
+            Column("backward reaches", "", tuple(far for _, far in told), left=True),
+        )
+    )
+    if table.width <= width:
+        yield Line(table.head()[0], "bold")
+        yield from (Line(text) for text in table.body())
+        return
+    names = table.columns[0]
+    for label, (what, far) in zip(names.cells, told, strict=True):
+        text = f"{label.ljust(names.width)}  trains {what}; backward reaches {far}"
+        indent = " " * min(names.width + 2, 16)
+        wrapped = textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        yield from (Line(part) for part in wrapped)
+
+
+# -- breakdowns -------------------------------------------------------------------------------------------------------
+
+
+def breakdown_lines(rows: Sequence[Row], cost: Cost, what: str, label: str, width: int, limit: int = 40) -> Iterator[Line]:
+    """Rows of one cost, alike neighbours folded together, with their total."""
+    folded = _limited(list(_folded(rows)), limit)
+    yield Line("")
+    yield from table_lines(row_table(folded, cost, width, f"{label} by {what}"), total=True)
+
+
+def _folded(rows: Sequence[Row]) -> Iterator[Row]:
+    """Neighbours that differ only in a number that counts up, and cost the same, as one row of their sum."""
+    run: list[Row] = []
+    for row in rows:
+        if run and not _continues(run[-1], row):
+            yield _sum_of(run)
+            run = []
+        run.append(row)
+    if run:
+        yield _sum_of(run)
+
+
+def _continues(last: Row, row: Row) -> bool:
+    a, b = last.name.split("."), row.name.split(".")
+    if len(a) != len(b):
+        return False
+    changed = [(x, y) for x, y in zip(a, b, strict=True) if x != y]
+    counts_up = len(changed) == 1 and all(x.isdigit() for x in changed[0]) and int(changed[0][0]) + 1 == int(changed[0][1])
+    same = [getattr(last, f) == getattr(row, f) for f in ("forward_flops", "grad_input_flops", "grad_weight_flops",
+            "recompute_flops", "saved_bytes", "gradient_bytes", "optimizer_bytes")]  # fmt: skip
+    return counts_up and all(same)
+
+
+def _sum_of(run: list[Row]) -> Row:
+    if len(run) == 1:
+        return run[0]
+    first, last = run[0].name.split("."), run[-1].name.split(".")
+    name = ".".join(x if x == y else f"{x}-{y}" for x, y in zip(first, last, strict=True))
+    return sum(run[1:], Row(f"{name} ({len(run)} alike)") + run[0])
+
+
+def _limited(rows: list[Row], limit: int) -> list[Row]:
+    """At most ``limit`` rows: the cheapest ones become one row, so that the rows still add up."""
+    if len(rows) <= limit:
+        return rows
+    dearest = sorted(range(len(rows)), key=lambda i: (-rows[i].step_flops, -rows[i].saved_bytes))
+    kept = set(dearest[: limit - 1])
+    rest = [row for i, row in enumerate(rows) if i not in kept]
+    return [*(row for i, row in enumerate(rows) if i in kept), sum(rest[1:], Row(f"({len(rest)} more rows)") + rest[0])]
+
+
+# -- marginal ---------------------------------------------------------------------------------------------------------
+
+
+def marginal_text(marginal: Marginal, width: int = WIDTH) -> str:
+    return plain(marginal_lines(marginal, width))
+
+
+def marginal_lines(marginal: Marginal, width: int = WIDTH, limit: int = 8) -> Iterator[Line]:
+    """What dropping would save and what adding would cost, the largest first, then the sentence about early ones."""
+    cost = marginal.cost
+    label = str(cost.subset)
+    if marginal.dropping:
+        yield from _changes(f"dropping from {label} saves", marginal.dropping, cost, width, limit, dearest=True)
+    if marginal.adding:
+        yield from _changes(f"adding to {label} costs", marginal.adding, cost, width, limit, dearest=False)
+    yield Line("")
+    if marginal.early is not None:
+        yield from bullet(early_words(cost, marginal.early), width)
+    else:
+        yield from bullet(f"no few early parameters of {label} cause much of its backward.", width)
+
+
+def _changes(
+    title: str, changes: Sequence[Change], cost: Cost, width: int, limit: int, *, dearest: bool
+) -> Iterator[Line]:
+    groups = _alike(changes, cost)
+    order: Callable[[Change], Any] = lambda c: (c.step_flops, c.saved_bytes)  # noqa: E731
+    chosen = sorted(groups, key=order, reverse=dearest)[:limit]
+    flops = flops_unit([c.step_flops for c in chosen])
+    kept = bytes_unit([max(c.saved_bytes, c.gradient_bytes + c.optimizer_bytes) for c in chosen])
+    rest = len(groups) - len(chosen)
+    names = [_shortened(c.name, 44) for c in chosen]
+    table = Table(
+        (
+            Column(title, "", tuple(names), left=True),
+            Column("numbers", "", tuple(f"{c.num_elements:,}" for c in chosen)),
+            Column("step", flops.name, tuple(flops(c.step_flops) for c in chosen)),
+            Column("of step", "%", tuple(percent(c.step_flops, cost.step_flops) for c in chosen)),
+            Column("saved", kept.name, tuple(kept(c.saved_bytes) for c in chosen)),
+            Column("grads+opt", kept.name, tuple(kept(c.gradient_bytes + c.optimizer_bytes) for c in chosen)),
+        )
+    )
+    yield Line("")
+    yield from table_lines(table)
+    if rest:
+        yield Line(f"... and {rest} more, {'each saving less' if dearest else 'each costing as much or more'}", "dim")
+
+
+def _alike(changes: Sequence[Change], cost: Cost) -> list[Change]:
+    return list(changes)
+
+
+def _shortened(name: str, width: int) -> str:
+    return name if len(name) <= width else "..." + name[-(width - 3) :]
+
+
+__all__ = [
+    "Line", "bullet", "breakdown_lines", "collapsed", "comparison_lines", "comparison_text", "cost_line",
+    "marginal_lines", "marginal_text", "plain", "show", "bytes_text",
+]  # fmt: skip

@@ -1,0 +1,109 @@
+"""Numbers as people read them: bytes in KiB, MiB, GiB; FLOPs in powers of 1000; shares in percent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit for a whole column, so that its numbers compare at a glance.
+
+    >>> unit = bytes_unit([528, 2704])
+    >>> unit.name, unit(528), unit(2704), unit(0), unit(1)
+    ('KiB', '0.52', '2.64', '0', '<0.01')
+    """
+
+    name: str
+    size: int
+    decimals: int
+
+    def __call__(self, value: int) -> str:
+        """The number alone, without the unit."""
+        return _fixed(value / self.size, self.decimals if self.size > 1 else 0)
+
+
+def _fixed(value: float, decimals: int) -> str:
+    """A number with fixed decimals; what would round to 0 says that it is not 0."""
+    if value == 0:
+        return "0"
+    text = f"{value:,.{decimals}f}"
+    if float(text.replace(",", "")) == 0:
+        return f"<{10**-decimals:.{decimals}f}" if value > 0 else f"-{10**-decimals:.{decimals}f}<"
+    return text
+
+
+def _unit(values: Iterable[int], names: tuple[str, ...], base: int) -> Unit:
+    largest = max((abs(v) for v in values), default=0)
+    power = 0
+    while power + 1 < len(names) and largest >= base ** (power + 1):
+        power += 1
+    size = base**power
+    return Unit(names[power], size, 1 if largest / size >= 100 else 2)
+
+
+def bytes_unit(values: Iterable[int]) -> Unit:
+    """The unit for a column of bytes: the largest of which the largest value holds one."""
+    return _unit(values, _BYTES, 1024)
+
+
+def flops_unit(values: Iterable[int]) -> Unit:
+    """The unit for a column of FLOPs."""
+    return _unit(values, _FLOPS, 1000)
+
+
+def bytes_text(value: int) -> str:
+    """
+    >>> bytes_text(0), bytes_text(528), bytes_text(2704)
+    ('0 B', '528 B', '2.64 KiB')
+    """
+    unit = bytes_unit([value])
+    return f"{unit(value)} {unit.name}"
+
+
+def flops_text(value: int) -> str:
+    """
+    >>> flops_text(676), flops_text(12_290), flops_text(21_828_000_000)
+    ('676 FLOP', '12.29 kFLOP', '21.83 GFLOP')
+    """
+    unit = flops_unit([value])
+    return f"{unit(value)} {unit.name}"
+
+
+def percent(part: float, whole: float, decimals: int = 1) -> str:
+    """``part`` of ``whole`` as a number of percent; 100 and 0 only if it is so.
+
+    >>> percent(1, 3), percent(1, 1), percent(99_999, 100_000), percent(1, 100_000), percent(0, 5), percent(1, 0)
+    ('33.3', '100', '>99.9', '<0.1', '0', '-')
+    """
+    if not whole:
+        return "-"
+    if part == whole:
+        return "100"
+    text = _fixed(100 * part / whole, decimals)
+    if part < whole and text == f"{100:.{decimals}f}":
+        return f">{100 - 10**-decimals:.{decimals}f}"
+    return text
+
+
+def share(part: float, whole: float) -> str:
+    """A share inside a sentence, to two digits or so.
+
+    >>> share(1, 3), share(9, 10_000), share(1, 1), share(1, 10**7)
+    ('33 %', '0.09 %', '100 %', '<0.01 %')
+    """
+    value = 100 * part / whole if whole else 0.0
+    decimals = 0 if value >= 10 else 1 if value >= 1 else 2
+    return f"{percent(part, whole, decimals)} %"
+
+
+def ratio(more: float, less: float) -> str:
+    """
+    >>> ratio(3, 1)
+    '3.0 x'
+    """
+    return f"{more / less:.1f} x" if less else "-"

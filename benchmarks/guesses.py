@@ -2,6 +2,9 @@
 
 "3 x forward" takes a step for three forwards whatever trains. "(2 + r) x forward" charges grad_weight by the share r of
 the parameters that train. Both ignore how far back the gradient has to travel.
+
+The last row's LoRA sits on the queries and values of all 12 blocks, and that of the last 4 trains: the frozen updates of
+the other 8 run in the forward as well. (Installed in the last 4 blocks only, the ratio would be 0.5352.)
 """
 
 from __future__ import annotations
@@ -46,6 +49,12 @@ class Row:
         """How far "(2 + r) x forward" is from the true step."""
         return (2 + self.trained_share) / (1 + self.backward_per_forward) - 1
 
+    def printed(self) -> tuple[str, str, str, str]:
+        """The row's figures as the table prints them."""
+        share = f"{self.trained_share:.1%}" if self.trained_share > 0.01 else f"{self.trained_share:.2%}"
+        errors = (f"{self.three_forwards_error:+.1%}", f"{self.by_share_error:+.1%}")
+        return share, f"{self.backward_per_forward:.4f}", *errors
+
 
 def rows() -> Iterator[Row]:
     """Cost every subset of the table."""
@@ -65,9 +74,7 @@ def table(found: list[Row]) -> Table:
     for head in ("trainable", "backward / forward", '"3 x forward" errs', '"(2 + r) x forward" errs'):
         out.add_column(head, justify="right")
     for row in found:
-        share = f"{row.trained_share:.1%}" if row.trained_share > 0.01 else f"{row.trained_share:.2%}"
-        errors = (f"{error:+.1%}" for error in (row.three_forwards_error, row.by_share_error))
-        out.add_row(row.name, share, f"{row.backward_per_forward:.4f}", *errors)
+        out.add_row(row.name, *row.printed())
     return out
 
 

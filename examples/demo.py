@@ -182,8 +182,8 @@ def main() -> None:
             console.print(loop_table())
             console.print(
                 "optimizer-only hands the optimizer layer 5 alone, and computes every gradient there is. The optimizer "
-                "never clears the gradients it does not own, so they grow step by step. Freezing the rest computes what "
-                "layer 5 needs: grad_input of the layers after it, grad_weight of its own, nothing before it."
+                "never clears the gradients it does not own, so they grow step by step. Freezing the rest computes "
+                "what layer 5 needs: grad_input of the layers after it, grad_weight of its own, nothing before it."
             )
         console.print()
 

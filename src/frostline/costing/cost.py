@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from frostline.costing.engine import Entry, Ledger
-from frostline.costing.optimizers import OptimizerModel, optimizer_model
+from frostline.costing.optimizers import OptimizerModel, SparseGradientsRefused, optimizer_model
 from frostline.errors import FrostlineError, TraceError
 from frostline.subsets import Subset, resolve
 
@@ -46,7 +46,7 @@ class Cost:
         recompute_flops: forward work done again by activation checkpointing.
         saved_bytes: storages autograd still holds when the loss returns, outside parameters and buffers.
         gradient_bytes: ``.grad`` of every parameter that gets one.
-        optimizer_bytes: the optimizer's state for the subset, after its first step.
+        optimizer_bytes: the optimizer's state for the subset, after its first step; None if it refuses the gradients.
         parameter_bytes: the model's parameters, trained or not.
         moved_bytes: bytes read and written by every op that is not a view; `predicted` (caches are not modelled).
         basis: figure -> ``"exact"``, ``"predicted"`` or ``"assumed"``, the last with what was assumed.
@@ -62,7 +62,7 @@ class Cost:
     recompute_flops: int
     saved_bytes: int
     gradient_bytes: int
-    optimizer_bytes: int
+    optimizer_bytes: int | None
     parameter_bytes: int
     moved_bytes: int
     basis: Mapping[str, str]
@@ -175,6 +175,14 @@ def _assemble(
     if retraced:
         notes.append(f"traced again for this subset: {trace.diverges}")
     unreached = tuple([n for n in subset.names if trace.parameter_numbers[n] not in trained])
+    sparse = _sparse_gradients(sums)
+    dense = trace.gradient_bytes
+    optimizer_bytes: int | None = 0
+    basis = _basis(trace, sums)
+    try:
+        optimizer_bytes = sum([keeps.state_bytes(parameters[n], sparse=n in sparse) for n in trained])
+    except SparseGradientsRefused as refusal:
+        optimizer_bytes, basis["optimizer_bytes"] = None, f"unknown: {refusal}"
     result = Cost(
         subset=subset,
         method=method,
@@ -184,11 +192,11 @@ def _assemble(
         grad_weight_flops=sums.grad_weight_flops,
         recompute_flops=sums.recompute_flops,
         saved_bytes=ledger.bytes_of(sums.held),
-        gradient_bytes=sum([trace.gradient_bytes[n] for n in gets_grad]),
-        optimizer_bytes=sum([keeps.state_bytes(parameters[n]) for n in trained]),
+        gradient_bytes=sum([sparse.get(n, dense[n]) for n in gets_grad]),
+        optimizer_bytes=optimizer_bytes,
         parameter_bytes=trace.parameter_bytes,
         moved_bytes=sums.moved_bytes,
-        basis=_basis(trace, sums),
+        basis=basis,
         uncounted={op: tuple(modules) for op, modules in uncounted.items()},
         notes=tuple(notes),
         unreached=unreached,
@@ -198,6 +206,14 @@ def _assemble(
     )
     result.__dict__["_asked_optimizer"] = optimizer
     return result
+
+
+def _sparse_gradients(sums: Entry) -> dict[int, int]:
+    """Bytes of the sparse gradients, by parameter; uses of one parameter pile up uncoalesced."""
+    found: dict[int, int] = {}
+    for number, nbytes in sums.sparse:
+        found[number] = found.get(number, 0) + nbytes
+    return found
 
 
 def _basis(trace: Trace, sums: Entry) -> dict[str, str]:

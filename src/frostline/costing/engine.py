@@ -41,6 +41,7 @@ class Entry:
     uncounted: frozenset[tuple[str, str]] = frozenset()  # (op, module)
     unconfirmed: frozenset[str] = frozenset()
     refusal: str = ""
+    sparse: tuple[tuple[int, int], ...] = ()  # (parameter, bytes) of gradients that are sparse
 
     def add(self, other: Entry) -> None:
         self.forward_flops += other.forward_flops
@@ -53,6 +54,7 @@ class Entry:
         self.uncounted |= other.uncounted
         self.unconfirmed |= other.unconfirmed
         self.refusal = self.refusal or other.refusal
+        self.sparse += other.sparse
 
 
 @dataclass(slots=True)
@@ -151,6 +153,11 @@ class Ledger:
             slot = unit.inputs[index]
             if slot.is_leaf:
                 entry.trained |= unit.behind[index] & ~self.always
+        entry.sparse = tuple(
+            (unit.behind[index].bit_length() - 1, nbytes)
+            for index, nbytes in found.sparse
+            if unit.inputs[index].is_leaf
+        )
         if not found.confirmed:
             entry.unconfirmed = frozenset({unit.call.name})
         return entry
@@ -224,6 +231,7 @@ class Ledger:
         uncounted: frozenset[tuple[str, str]] = self.base.uncounted
         unconfirmed: frozenset[str] = frozenset()
         refusal = ""
+        sparse: tuple[tuple[int, int], ...] = ()
         for group in self.groups:
             state = tuple([live[i] for i in group.conditions])
             key = state if wanted is None else (state, tuple([wanted[i] for i in group.conditions]))
@@ -242,10 +250,12 @@ class Ledger:
             if entry.unconfirmed:
                 unconfirmed |= entry.unconfirmed
             refusal = refusal or entry.refusal
+            if entry.sparse:
+                sparse += entry.sparse
         base = self.base
         return Entry(
             base.forward_flops + forward, grad_input, grad_weight, recompute, base.moved_bytes + moved, held, trained,
-            uncounted, unconfirmed, refusal,
+            uncounted, unconfirmed, refusal, sparse,
         )  # fmt: skip
 
     def flags(self, forward_flags: int, backward_flags: int | None) -> tuple[list[bool], list[bool] | None]:

@@ -25,6 +25,10 @@ def known() -> dict[str, type[torch.optim.Optimizer]]:
     return found
 
 
+class SparseGradientsRefused(OptimizerError):  # noqa: N818  an answer, not a mistake
+    """The optimizer does not take sparse gradients."""
+
+
 class OptimizerModel:
     """Bytes of state that one optimizer keeps for a parameter, once it has stepped.
 
@@ -58,33 +62,42 @@ class OptimizerModel:
         if isinstance(base, type) and issubclass(base, torch.optim.LBFGS):
             raise OptimizerError("LBFGS keeps a history that depends on how the run goes: its state has no fixed size")
         self._make = make
-        self._known: dict[TensorMeta, int] = {}
+        self._known: dict[tuple[TensorMeta, bool], int] = {}
 
     def state_bytes(self, parameter: Tensor, *, sparse: bool = False) -> int:
         """Bytes of state for one parameter after a step (step counts included)."""
         meta = describe(parameter)
         if meta.device == "meta":
             meta = TensorMeta(meta.shape, meta.stride, meta.dtype, "cpu", meta.layout)
-        if meta not in self._known:
-            self._known[meta] = self._ask(meta)
-        return self._known[meta]
+        key = (meta, sparse)
+        if key not in self._known:
+            self._known[key] = self._ask(meta, sparse)
+        return self._known[key]
 
-    def _ask(self, meta: TensorMeta) -> int:
+    def _ask(self, meta: TensorMeta, sparse: bool) -> int:
         with FakeTensorMode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             data = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=meta.device)
             parameter = nn.Parameter(data)
-            parameter.grad = torch.empty_like(data)
+            parameter.grad = _sparse_like(data) if sparse else torch.empty_like(data)
             try:
                 optimizer = self._make([parameter])
                 optimizer.step()
             except Exception as error:
+                if "sparse" in str(error).lower():
+                    raise SparseGradientsRefused(f"{self.name} refuses sparse gradients; SparseAdam takes them") from error
                 raise OptimizerError(
                     f"{self.name} could not be asked what it keeps for a parameter of shape {meta.shape} and "
                     f"{meta.dtype}: {error}"
                 ) from error
             tensors = [t for state in optimizer.state.values() for t in _tensors(state)]
             return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def _sparse_like(data: Tensor) -> Tensor:
+    """A sparse gradient for one row, as an embedding with ``sparse=True`` makes them."""
+    indices = torch.empty((1, 1), dtype=torch.int64, device=data.device)
+    return torch.sparse_coo_tensor(indices, data.new_empty((1, *data.shape[1:])), data.shape, is_coalesced=True)
 
 
 def _tensors(value: Any) -> list[Tensor]:

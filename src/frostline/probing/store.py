@@ -54,9 +54,10 @@ def _likeness(call: Call, numbers: dict[int, int]) -> Any:
                 call.options.get("context_fn"), children, wanted)
     if call.kind == "torch" and not call.opaque:
         return tuple(_likeness(child, numbers) for child in call.children)
-    if call.known or (call.kind == "function" and call.captured):
-        raise TypeError("its values decide, or it reaches into its module")
-    result = (*head, freeze(call.args), freeze(call.kwargs))
+    if call.kind == "function" and call.captured:
+        raise TypeError("it reaches into its module")
+    known = tuple((index, values.cpu().numpy().tobytes()) for index, values in call.known.items())
+    result = (*head, freeze(call.args), freeze(call.kwargs), known)
     hash(result)
     for slot in call.outputs:
         numbers.setdefault(slot.value, len(numbers))

@@ -56,6 +56,11 @@ def _trainable(cost: Cost) -> list[str]:
     return [names[n] for n in sorted(cost.trace.trainable_numbers)]
 
 
+def _called(label: str, cost: Cost) -> str:
+    """What a sentence calls a row's subset: in a table of methods the label is the method."""
+    return str(cost.subset) if label == cost.method else label
+
+
 def _floor(cost: Cost) -> Iterator[Finding]:
     full = cost.full
     yield Finding(
@@ -79,7 +84,7 @@ def _reach(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
     _, label, cost = best
     yield Finding(
         "reach",
-        f"{label} trains {share(cost.num_trained, cost.num_parameters)} of the parameters and still pays "
+        f"{_called(label, cost)} trains {share(cost.num_trained, cost.num_parameters)} of the parameters and still pays "
         f"{share(cost.backward_flops, cost.full.backward_flops)} of a full backward, "
         f"because that reaches {reach(cost)}, the first of them that the forward uses.",
     )
@@ -96,7 +101,7 @@ def _early(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
             key = (change.step_flops / cost.step_flops, label, cost, change)
             best = key if best is None or key[0] > best[0] else best
     if best is not None:
-        yield Finding("early", f"{best[1]}: {early_words(best[2], best[3])}")
+        yield Finding("early", f"{_called(best[1], best[2])}: {early_words(best[2], best[3])}")
 
 
 def early_words(cost: Cost, change: Change) -> str:
@@ -128,7 +133,7 @@ def _waste(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
         return
     yield Finding(
         "waste",
-        f"{label} without freezing the rest (only its parameters handed to the optimizer) would cost "
+        f"{_called(label, cost)} without freezing the rest (only its parameters handed to the optimizer) would cost "
         f"{ratio(naive.step_flops, cost.step_flops)} the FLOPs, save {bytes_text(naive.saved_bytes)} instead of "
         f"{bytes_text(cost.saved_bytes)}, and keep {bytes_text(unused)} of gradients that nothing uses. "
         "So set requires_grad_(False) on the rest.",

@@ -46,14 +46,14 @@ def summary(chosen: Sequence[str], every: Sequence[str], limit: int = 3) -> str:
     >>> summary([n for n in names if n.endswith("bias")], names)
     'layer.0-3.bias'
     >>> summary(["layer.0.bias", "layer.1.weight", "layer.2.bias", "head.weight"], names)
-    '4 tensors, layer.0.bias ... head.weight'
+    '4 tensors'
     """
     if set(chosen) >= set(every):
         return "everything"
     runs = _runs(collapsed(chosen, every))
-    if len(runs) <= limit:
+    if len(runs) <= limit and (len(runs) == 1 or len(", ".join(runs)) <= 72):
         return ", ".join(runs)
-    return f"{len(chosen)} tensors, {chosen[0]} ... {chosen[-1]}"
+    return f"{len(chosen)} tensors"
 
 
 def _prefixes(name: str) -> list[str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from frostline.costing.breakdown import Row
 from frostline.costing.cost import Cost
 from frostline.reports.units import Unit, bytes_unit, flops_unit, percent
 
 GAP = "  "
+EVERYTHING = "(everything)"
+"""The row that shares are shares of, where no row of the caller's is it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def _costs(labels: Sequence[str], costs: Sequence[Cost], label_title: str, detai
     flops = flops_unit([c.step_flops for c in costs])
     kept = bytes_unit([max(c.saved_bytes, c.gradient_bytes, c.optimizer_bytes) for c in costs])
     columns = [Column(label_title, "", tuple(labels), "basis", left=True)]
-    if len({cost.method for cost in costs}) > 1 and not set(labels) <= {cost.method for cost in costs}:
+    said = all(cost.method in label or label == EVERYTHING for label, cost in zip(labels, costs, strict=True))
+    if len({cost.method for cost in costs}) > 1 and not said:
         columns.append(Column("method", "", tuple(c.method for c in costs), "", left=True))
     columns.append(
         Column("trains", "%", tuple(percent(n, c.num_parameters, 2) for n, c in zip(num, costs, strict=True)))
@@ -113,8 +116,21 @@ def basis_word(costs: Sequence[Cost], *figures: str) -> str:
 
 def row_table(rows: Sequence[Row], total: Cost, width: int, title: str) -> Table:
     """The table of a breakdown; its last row is the total."""
-    tables = [_rows(rows, total, title, detail) for detail in (2, 1, 0)]
-    return next((table for table in tables if table.width <= width), tables[-1])
+    for detail in (2, 1):
+        table = _rows(rows, total, title, detail)
+        if table.width <= width:
+            return table
+    room = max(20, table.columns[0].width - (table.width - width))
+    return _rows([replace(row, name=shortened(row.name, room)) for row in rows], total, title, 1)
+
+
+def shortened(name: str, width: int) -> str:
+    """The end of a name that is too long: that is where names differ.
+
+    >>> shortened("encoder.layer.11.attention.weight", 20)
+    '...attention.weight'
+    """
+    return name if len(name) <= width else "..." + name[-(width - 3) :]
 
 
 def _rows(rows: Sequence[Row], total: Cost, title: str, detail: int) -> Table:
@@ -136,9 +152,8 @@ def _rows(rows: Sequence[Row], total: Cost, title: str, detail: int) -> Table:
         amounts("backward", flops, lambda r: r.backward_flops)
     columns.append(Column("of step", "%", tuple(percent(row.step_flops, total.step_flops) for row in sums)))
     amounts("saved", kept, lambda r: r.saved_bytes)
-    if detail >= 1:
-        amounts("gradients", kept, lambda r: r.gradient_bytes)
-        amounts("optimizer", kept, lambda r: r.optimizer_bytes)
+    amounts("gradients", kept, lambda r: r.gradient_bytes)
+    amounts("optimizer", kept, lambda r: r.optimizer_bytes)
     return Table(tuple(columns))
 
 

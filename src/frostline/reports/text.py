@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from frostline.costing.breakdown import Row
@@ -13,16 +14,13 @@ from frostline.costing.cost import Cost
 from frostline.costing.marginal import Change, Marginal
 from frostline.reports.findings import early_words, findings, reach, trained_words
 from frostline.reports.header import header
-from frostline.reports.names import collapsed
-from frostline.reports.table import Column, Table, cost_table, row_table
-from frostline.reports.units import bytes_text, bytes_unit, flops_unit, percent, share
+from frostline.reports.table import EVERYTHING, GAP, Column, Table, cost_table, row_table, shortened
+from frostline.reports.units import bytes_unit, flops_unit, percent, share
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH = 100
-EVERYTHING = "(everything)"
-"""The row that shares are shares of, where no row of the caller's is it."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +97,17 @@ def with_everything(rows: Sequence[tuple[str, Cost]]) -> list[tuple[str, Cost]]:
 
 
 def _legend(optimizers: Iterable[str], costs: Sequence[Cost]) -> str:
-    names = " and ".join(optimizers)
-    how = " and ".join(dict.fromkeys(cost.method for cost in costs))
+    methods = dict.fromkeys(cost.method for cost in costs)
+    by = f"by {next(iter(methods))}, " if len(methods) == 1 else ""
     return (
-        f"method {how}; optimizer: the state of {names}. A multiply-add is 2 FLOPs. "
+        f"{by}state of {' and '.join(optimizers)}; a multiply-add is 2 FLOPs; "
         "saved: what autograd holds when the loss returns."
     )
 
 
 def header_lines(lines: Iterable[str], width: int) -> Iterator[Line]:
     for number, text in enumerate(lines):
-        for part in textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False):
+        for part in _wrapped(text, width, "  "):
             yield Line(part, "bold" if number == 0 else "")
 
 
@@ -126,10 +124,7 @@ def table_lines(table: Table, total: bool = False) -> Iterator[Line]:
 
 
 def bullet(text: str, width: int, style: str = "") -> Iterator[Line]:
-    wrapped = textwrap.wrap(
-        text, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
-    )
-    for part in wrapped:
+    for part in _wrapped(f"- {text}", width, "  "):
         yield Line(part, style)
 
 
@@ -137,24 +132,28 @@ def _reach_lines(rows: Sequence[tuple[str, Cost]], width: int) -> Iterator[Line]
     """What trains in each row, and how far backward reaches because of which parameter."""
     told: dict[tuple[str, str], list[str]] = {}
     for label, cost in rows:
-        told.setdefault((trained_words(cost), reach(cost)), []).append(label)
-    table = Table(
-        (
-            Column("", "", tuple(", ".join(labels) for labels in told.values()), left=True),
-            Column("trains", "", tuple(what for what, _ in told), left=True),
-            Column("backward reaches", "", tuple(far for _, far in told), left=True),
-        )
-    )
-    if table.width <= width:
-        yield Line(table.head()[0], "bold")
-        yield from (Line(text) for text in table.body())
+        if label != EVERYTHING:
+            told.setdefault((trained_words(cost), reach(cost)), []).append(label)
+    labels = [", ".join(names) for names in told.values()]
+    first = max(map(len, labels))
+    last = max(len(far) for _, far in told)
+    room = min(width - first - last - 2 * len(GAP), max(len(what) for what, _ in told))
+    if room < 32 and any(len(what) > room for what, _ in told):
+        for label, (what, far) in zip(labels, told, strict=True):
+            indent = " " * min(first + len(GAP), 16)
+            text = f"{label.ljust(first)}{GAP}{what}; backward reaches {far}"
+            yield from (Line(part) for part in _wrapped(text, width, indent))
         return
-    names = table.columns[0]
-    for label, (what, far) in zip(names.cells, told, strict=True):
-        text = f"{label.ljust(names.width)}  trains {what}; backward reaches {far}"
-        indent = " " * min(names.width + 2, 16)
-        wrapped = textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        yield from (Line(part) for part in wrapped)
+    room = max(room, len("trains"))
+    yield Line(f"{'':{first}}{GAP}{'trains':{room}}{GAP}backward reaches", "bold")
+    for label, (what, far) in zip(labels, told, strict=True):
+        for number, part in enumerate(_wrapped(what, room, "")):
+            label, far = (label, far) if number == 0 else ("", "")
+            yield Line(f"{label:{first}}{GAP}{part:{room}}{GAP}{far}".rstrip())
+
+
+def _wrapped(text: str, width: int, indent: str) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 # -- breakdowns -------------------------------------------------------------------------------------------------------
@@ -162,7 +161,7 @@ def _reach_lines(rows: Sequence[tuple[str, Cost]], width: int) -> Iterator[Line]
 
 def breakdown_lines(rows: Sequence[Row], cost: Cost, what: str, label: str, width: int, limit: int = 40) -> Iterator[Line]:
     """Rows of one cost, alike neighbours folded together, with their total."""
-    folded = _limited(list(_folded(rows)), limit)
+    folded = _limited(_without_idle(list(_folded(rows))), limit)
     yield Line("")
     yield from table_lines(row_table(folded, cost, width, f"{label} by {what}"), total=True)
 
@@ -185,8 +184,7 @@ def _continues(last: Row, row: Row) -> bool:
         return False
     changed = [(x, y) for x, y in zip(a, b, strict=True) if x != y]
     counts_up = len(changed) == 1 and all(x.isdigit() for x in changed[0]) and int(changed[0][0]) + 1 == int(changed[0][1])
-    same = [getattr(last, f) == getattr(row, f) for f in ("forward_flops", "grad_input_flops", "grad_weight_flops",
-            "recompute_flops", "saved_bytes", "gradient_bytes", "optimizer_bytes")]  # fmt: skip
+    same = [getattr(last, amount) == getattr(row, amount) for amount in _SHOWN]
     return counts_up and all(same)
 
 
@@ -196,6 +194,18 @@ def _sum_of(run: list[Row]) -> Row:
     first, last = run[0].name.split("."), run[-1].name.split(".")
     name = ".".join(x if x == y else f"{x}-{y}" for x, y in zip(first, last, strict=True))
     return sum(run[1:], Row(f"{name} ({len(run)} alike)") + run[0])
+
+
+_SHOWN = ("forward_flops", "grad_input_flops", "grad_weight_flops", "recompute_flops", "saved_bytes", "gradient_bytes",
+          "optimizer_bytes")  # fmt: skip
+
+
+def _without_idle(rows: list[Row]) -> list[Row]:
+    """Rows that cost nothing, as one."""
+    idle = [row for row in rows if not any(getattr(row, amount) for amount in _SHOWN)]
+    if len(idle) < 2:
+        return rows
+    return [*(row for row in rows if row not in idle), sum(idle[1:], Row(f"({len(idle)} rows that cost nothing)"))]
 
 
 def _limited(rows: list[Row], limit: int) -> list[Row]:
@@ -215,56 +225,65 @@ def marginal_text(marginal: Marginal, width: int = WIDTH) -> str:
     return plain(marginal_lines(marginal, width))
 
 
-def marginal_lines(marginal: Marginal, width: int = WIDTH, limit: int = 8) -> Iterator[Line]:
-    """What dropping would save and what adding would cost, the largest first, then the sentence about early ones."""
+def marginal_lines(marginal: Marginal, width: int = WIDTH, label: str = "", limit: int = 6) -> Iterator[Line]:
+    """What dropping would save, the most first; what adding would cost, the least first; the few early ones."""
     cost = marginal.cost
-    label = str(cost.subset)
-    if marginal.dropping:
-        yield from _changes(f"dropping from {label} saves", marginal.dropping, cost, width, limit, dearest=True)
-    if marginal.adding:
-        yield from _changes(f"adding to {label} costs", marginal.adding, cost, width, limit, dearest=False)
+    label = label or str(cost.subset)
+    dropping = sorted(_alike(marginal.dropping), key=lambda c: (-c.step_flops, -c.saved_bytes, -c.num_elements))
+    adding = sorted(_alike(marginal.adding), key=lambda c: (c.step_flops, c.saved_bytes, -c.num_elements))
+    if dropping:
+        yield from _changes(f"freezing, from {label}, saves", dropping[:limit], len(dropping), cost, width)
+    if adding:
+        yield from _changes(f"training beside {label} adds", adding[:limit], len(adding), cost, width)
     yield Line("")
+    free = [c for c in marginal.adding if c.step_flops == 0]
+    if free:
+        yield from bullet(
+            f"{len(free)} frozen parameters, {sum(c.num_elements for c in free):,} numbers, would each add no FLOPs.",
+            width,
+        )
+    if len(adding) > limit:
+        most = adding[-1]
+        more = f"{share(most.step_flops, cost.step_flops)} to the step"
+        yield from bullet(f"the dearest to train beside {label} is {most.name}: it would add {more}.", width)
     if marginal.early is not None:
         yield from bullet(early_words(cost, marginal.early), width)
     else:
         yield from bullet(f"no few early parameters of {label} cause much of its backward.", width)
 
 
-def _changes(
-    title: str, changes: Sequence[Change], cost: Cost, width: int, limit: int, *, dearest: bool
-) -> Iterator[Line]:
-    groups = _alike(changes, cost)
-    order: Callable[[Change], Any] = lambda c: (c.step_flops, c.saved_bytes)  # noqa: E731
-    chosen = sorted(groups, key=order, reverse=dearest)[:limit]
+def _changes(title: str, chosen: Sequence[Change], num: int, cost: Cost, width: int) -> Iterator[Line]:
     flops = flops_unit([c.step_flops for c in chosen])
     kept = bytes_unit([max(c.saved_bytes, c.gradient_bytes + c.optimizer_bytes) for c in chosen])
-    rest = len(groups) - len(chosen)
-    names = [_shortened(c.name, 44) for c in chosen]
-    table = Table(
-        (
-            Column(title, "", tuple(names), left=True),
-            Column("numbers", "", tuple(f"{c.num_elements:,}" for c in chosen)),
-            Column("step", flops.name, tuple(flops(c.step_flops) for c in chosen)),
-            Column("of step", "%", tuple(percent(c.step_flops, cost.step_flops) for c in chosen)),
-            Column("saved", kept.name, tuple(kept(c.saved_bytes) for c in chosen)),
-            Column("grads+opt", kept.name, tuple(kept(c.gradient_bytes + c.optimizer_bytes) for c in chosen)),
+
+    def table(room: int) -> Table:
+        return Table(
+            (
+                Column(title, "", tuple(shortened(c.name, room) for c in chosen), left=True),
+                Column("numbers", "", tuple(f"{c.num_elements:,}" for c in chosen)),
+                Column("step", flops.name, tuple(flops(c.step_flops) for c in chosen)),
+                Column("of step", "%", tuple(percent(c.step_flops, cost.step_flops) for c in chosen)),
+                Column("saved", kept.name, tuple(kept(c.saved_bytes) for c in chosen)),
+                Column("grads+opt", kept.name, tuple(kept(c.gradient_bytes + c.optimizer_bytes) for c in chosen)),
+            )
         )
-    )
+
+    whole = table(1000)
+    over = whole.width - width
     yield Line("")
-    yield from table_lines(table)
-    if rest:
-        yield Line(f"... and {rest} more, {'each saving less' if dearest else 'each costing as much or more'}", "dim")
+    yield from table_lines(whole if over <= 0 else table(max(20, whole.columns[0].width - over)))
+    if num > len(chosen):
+        yield Line(f"... and {num - len(chosen)} more", "dim")
 
 
-def _alike(changes: Sequence[Change], cost: Cost) -> list[Change]:
-    return list(changes)
-
-
-def _shortened(name: str, width: int) -> str:
-    return name if len(name) <= width else "..." + name[-(width - 3) :]
-
-
-__all__ = [
-    "Line", "bullet", "breakdown_lines", "collapsed", "comparison_lines", "comparison_text", "cost_line",
-    "marginal_lines", "marginal_text", "plain", "show", "bytes_text",
-]  # fmt: skip
+def _alike(changes: Sequence[Change]) -> list[Change]:
+    """Changes of the same amounts whose names differ only in numbers, as one that says how many there are."""
+    groups: dict[Any, list[Change]] = {}
+    for c in changes:
+        amounts = (c.num_elements, c.step_flops, c.saved_bytes, c.gradient_bytes, c.optimizer_bytes)
+        groups.setdefault((re.sub(r"\d+", "#", c.name), amounts), []).append(c)
+    found = []
+    for group in groups.values():
+        name = group[0].name if len(group) == 1 else f"{group[0].name} (and {len(group) - 1} alike)"
+        found.append(replace(group[0], names=(name,)))
+    return found

@@ -43,7 +43,7 @@ def _unit(values: Iterable[int], names: tuple[str, ...], base: int) -> Unit:
     while power + 1 < len(names) and largest >= base ** (power + 1):
         power += 1
     size = base**power
-    return Unit(names[power], size, 1 if largest / size >= 100 else 2)
+    return Unit(names[power], size, 2)
 
 
 def bytes_unit(values: Iterable[int]) -> Unit:

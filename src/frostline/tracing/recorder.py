@@ -274,6 +274,8 @@ class _DispatchMode(TorchDispatchMode):
         recorder = self.recorder
         call = recorder.begin("op", op, args, kwargs)
         given = call.inputs
+        if _values_decide(op, args):
+            call.known = _small_integers(args, kwargs)
         result = self._run_for_real(op, args, kwargs, given) if self.fake else NotImplemented
         if result is NotImplemented:
             result = op(*args, **kwargs)
@@ -312,6 +314,28 @@ class _DispatchMode(TorchDispatchMode):
             return NotImplemented
         with unset_fake_temporarily():
             return op(*args, **kwargs)
+
+
+_VALUES_DECIDE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+_READS_VALUES = {"aten::_pack_padded_sequence", "aten::_pad_packed_sequence"}  # lengths; torch does not tag them
+
+
+def _values_decide(op: Any, args: Any) -> bool:
+    """Whether the values of integer inputs decide the shape of the result, or of a sparse gradient."""
+    name = op._schema.name
+    sparse_embedding = name == "aten::embedding" and len(args) > 4 and bool(args[4])
+    return sparse_embedding or name in _READS_VALUES or not _VALUES_DECIDE.isdisjoint(op.tags)
+
+
+def _small_integers(args: Any, kwargs: Any) -> dict[int, Tensor]:
+    """The values of an op's integer and boolean inputs, by input number, where they decide what it returns."""
+    return {
+        index: tensor.detach().clone()
+        for index, tensor in enumerate(tensors_in((args, kwargs)))
+        if not isinstance(tensor, FakeTensor)
+        and tensor.numel() <= _SMALL_NUMEL
+        and not (tensor.is_floating_point() or tensor.is_complex())
+    }
 
 
 _UNWRITTEN = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from frostline.costing.cost import METHODS, Cost
 from frostline.errors import FrostlineError
+from frostline.subsets import num_blocks
 
 if TYPE_CHECKING:
     from frostline.tracing.trace import Trace
@@ -95,3 +96,15 @@ def _rows(
             cost = trace.cost(subset, method=method, optimizer=optimizer)
             name = str(cost.subset) if label is None else str(label)
             yield (name if len(methods) == 1 else f"{name} by {method}" if len(named) > 1 else method), cost
+
+
+def sweep_last(trace: Trace, method: str = "freeze", optimizer: Any = "adamw") -> list[tuple[int, Cost]]:
+    """The cost of the last K blocks for every K, from the head alone (0) to all blocks."""
+    points: list[tuple[int, Cost]] = []
+    for count in range(num_blocks(trace.model) + 1):
+        try:
+            points.append((count, trace.cost(f"@last:{count}" if count else "@head", method, optimizer)))
+        except FrostlineError:
+            if count:
+                raise
+    return points

@@ -30,7 +30,7 @@ def schema() -> dict[str, Any]:
 
 def cost_to_dict(cost: Cost) -> dict[str, Any]:
     """One cost with the model it is of."""
-    return {**_head("cost"), "model": header(cost.trace).to_dict(), **_cost(cost)}
+    return {**_head("cost"), "model": header(cost.trace).to_dict(), **cost_figures(cost)}
 
 
 def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
     return {
         **_head("comparison"),
         "models": [header(trace).to_dict() for trace in models],
-        "rows": [{"label": label, "model": _index(models, cost.trace), **_cost(cost)} for label, cost in comparison],
+        "rows": [{"label": label, "model": _index(models, cost.trace), **cost_figures(cost)} for label, cost in comparison],
         "findings": [asdict(finding) for finding in findings(comparison.rows)],
     }
 
@@ -49,7 +49,7 @@ def marginal_to_dict(marginal: Marginal) -> dict[str, Any]:
     return {
         **_head("marginal"),
         "model": header(marginal.cost.trace).to_dict(),
-        "cost": _cost(marginal.cost),
+        "cost": cost_figures(marginal.cost),
         "adding": [_change(change) for change in marginal.adding],
         "dropping": [_change(change) for change in marginal.dropping],
         "early": None if marginal.early is None else _change(marginal.early),
@@ -71,7 +71,8 @@ def _index(models: Sequence[Trace], trace: Trace) -> int:
     return next(i for i, known in enumerate(models) if known is trace)
 
 
-def _cost(cost: Cost) -> dict[str, Any]:
+def cost_figures(cost: Cost) -> dict[str, Any]:
+    """Every figure of a cost, without the model it is of."""
     full = cost.full
     needs = cost.slice_needs
     return {

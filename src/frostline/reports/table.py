@@ -116,12 +116,12 @@ def basis_word(costs: Sequence[Cost], *figures: str) -> str:
 
 def row_table(rows: Sequence[Row], total: Cost, width: int, title: str) -> Table:
     """The table of a breakdown; its last row is the total."""
-    for detail in (2, 1):
+    for detail in (2, 1, 0):
         table = _rows(rows, total, title, detail)
         if table.width <= width:
             return table
     room = max(20, table.columns[0].width - (table.width - width))
-    return _rows([replace(row, name=shortened(row.name, room)) for row in rows], total, title, 1)
+    return _rows([replace(row, name=shortened(row.name, room)) for row in rows], total, title, 0)
 
 
 def shortened(name: str, width: int) -> str:
@@ -152,8 +152,11 @@ def _rows(rows: Sequence[Row], total: Cost, title: str, detail: int) -> Table:
         amounts("backward", flops, lambda r: r.backward_flops)
     columns.append(Column("of step", "%", tuple(percent(row.step_flops, total.step_flops) for row in sums)))
     amounts("saved", kept, lambda r: r.saved_bytes)
-    amounts("gradients", kept, lambda r: r.gradient_bytes)
-    amounts("optimizer", kept, lambda r: r.optimizer_bytes)
+    if detail:
+        amounts("gradients", kept, lambda r: r.gradient_bytes)
+        amounts("optimizer", kept, lambda r: r.optimizer_bytes)
+    else:
+        amounts("grads+opt", kept, lambda r: r.gradient_bytes + r.optimizer_bytes)
     return Table(tuple(columns))
 
 

@@ -329,13 +329,14 @@ def _values_decide(op: Any, args: Any) -> bool:
 
 def _small_integers(args: Any, kwargs: Any) -> dict[int, Tensor]:
     """The values of an op's integer and boolean inputs, by input number, where they decide what it returns."""
-    return {
-        index: tensor.detach().clone()
-        for index, tensor in enumerate(tensors_in((args, kwargs)))
-        if not isinstance(tensor, FakeTensor)
-        and tensor.numel() <= _SMALL_NUMEL
-        and not (tensor.is_floating_point() or tensor.is_complex())
-    }
+    with unset_fake_temporarily():
+        return {
+            index: tensor.detach().clone()
+            for index, tensor in enumerate(tensors_in((args, kwargs)))
+            if not isinstance(tensor, FakeTensor)
+            and tensor.numel() <= _SMALL_NUMEL
+            and not (tensor.is_floating_point() or tensor.is_complex())
+        }
 
 
 _UNWRITTEN = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}

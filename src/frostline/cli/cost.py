@@ -1,0 +1,315 @@
+"""``frostline cost``: what training a subset costs, before it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from frostline.errors import FrostlineError, TraceError
+
+if TYPE_CHECKING:
+    from frostline.cli.rows import Asked
+    from frostline.cli.targets import Target
+    from frostline.costing.cost import Cost
+    from frostline.reports.text import Line
+    from frostline.tracing.trace import Trace
+
+_EXAMPLES = """
+Examples:
+
+\b
+  frostline cost examples/small.py:digits_cnn
+  frostline cost train.py:build --train @head --train "last two=@last:2" --method freeze --method optimizer-only
+  frostline cost meta-llama/config.json --input 1x2048 --train @last:4
+  frostline cost full.py:model lora.py:model --train "adapters=*lora*" --train @last:4
+  frostline cost train.py:build --sweep last
+  frostline cost train.py:build --train @norms --marginal --by module --json
+"""
+
+
+class Breakdown(StrEnum):
+    """What ``--by`` parts a cost into."""
+
+    module = "module"
+    op = "op"
+    parameter = "parameter"
+
+
+class Sweep(StrEnum):
+    """What ``--sweep`` varies."""
+
+    last = "last"
+
+
+def cost(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET ...",
+            help="file.py:name or package.module:name, a function that returns model, (model, inputs) or (model, "
+            "inputs, loss); or the path of a Hugging Face config.json (or its folder), built without weights.",
+        ),
+    ],
+    train: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATTERN[,PATTERN]",
+            help="A row: names or globs of parameters or modules, a slice, @now @all @head @biases @norms @last:K; a "
+            "leading ! takes away. Repeat for more rows. Without any: the built-in ones.",
+        ),
+    ] = None,
+    freeze: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Take this away from every row; alone: from @all.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="M", help="freeze (default), optimizer-only or backward-inputs. Repeat to compare."),
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="Any class of torch.optim, in any case.")] = "adamw",
+    sweep: Annotated[Sweep | None, typer.Option(help="The curve of how many last blocks train.")] = None,
+    marginal: Annotated[
+        bool, typer.Option("--marginal", help="What each parameter more would add, and each one less would save.")
+    ] = False,
+    by: Annotated[Breakdown | None, typer.Option(help="Where each row's cost is paid.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Names that --by module keeps; default: to the blocks.")] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="[NAME=]8x128[:int64]", help="The shape of an input. Repeat for several."),
+    ] = None,
+    model_class: Annotated[
+        str | None, typer.Option(help="For a config.json, such as AutoModelForCausalLM; default: its architectures.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to cost it; default: where the model is.")] = None,
+    eval_mode: Annotated[bool, typer.Option("--eval", help="Trace in eval mode; default: train mode.")] = False,
+    loss: Annotated[str | None, typer.Option(help='"sum" for a model without a loss: figures are assumed.')] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print data; its schema is reports/schema.json.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Say what training a subset of a model costs: FLOPs and bytes, exactly, before it runs.
+
+    Each --train is a row, and shares are of training everything.
+    """
+    from frostline.cli.rows import asked_rows
+    from frostline.cli.targets import load
+
+    if loss not in (None, "sum"):
+        raise FrostlineError(f'--loss {loss!r} is not known; there is "sum". Or let the TARGET return its loss.')
+    asked = asked_rows(train or (), freeze or (), len(targets))
+    methods = tuple(dict.fromkeys(method or ("freeze",)))
+    rows: list[tuple[str, Cost]] = []
+    traces: list[Trace] = []
+    notes: list[str] = []
+    names = _distinct([t.rpartition(":")[2] if ":" in t else t for t in targets])
+    for spec, name in zip(targets, names, strict=True):
+        with _saying(f"tracing {spec}"):
+            target = load(spec, inputs or (), model_class, loss)
+            trace = _trace(target, device, eval_mode)
+        traces.append(trace)
+        with _saying(f"costing {spec}"):
+            prefix = name if len(targets) > 1 else ""
+            own, said = _costs(trace, asked, methods, optimizer, prefix, bool(train))
+        rows += own
+        notes += said
+    report = _Report(list(targets), rows, notes, traces, optimizer)
+    extra = _Extra(sweep is not None, marginal, by, depth, bool(train or freeze))
+    if as_json:
+        print(json.dumps(report.data(extra), indent=2))
+    else:
+        report.show(extra)
+
+
+cost.__doc__ = f"{cost.__doc__}{_EXAMPLES}"
+
+
+def _distinct(names: list[str]) -> list[str]:
+    return [f"{name}#{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _trace(target: Target, device: str | None, eval_mode: bool) -> Trace:
+    import frostline
+
+    target.model.train(not eval_mode)
+    try:
+        return frostline.trace(target.model, target.inputs, target.loss, device)
+    except TraceError as error:
+        if "loss=" in str(error):
+            error.add_note("on the command line: let the TARGET return (model, inputs, loss), or say --loss sum")
+        raise
+
+
+def _costs(
+    trace: Trace, asked: list[Asked], methods: tuple[str, ...], optimizer: str, prefix: str, insisted: bool
+) -> tuple[list[tuple[str, Cost]], list[str]]:
+    """The rows of one target; a built-in subset that the loss does not reach is left out with a note."""
+    from frostline.cli.rows import nothing_left, resolved
+
+    subsets, notes = resolved(asked, trace.model)
+    rows = []
+    for label, subset in subsets.items():
+        for method in methods:
+            try:
+                found = trace.cost(subset, method=method, optimizer=optimizer)
+            except TraceError as error:
+                if insisted:
+                    raise
+                notes.append(f"no row {label}: {error}")
+                break
+            name = f"{prefix} {label}" if prefix else label
+            rows.append((f"{name} by {method}" if len(methods) > 1 else name, found))
+    if not rows:
+        raise nothing_left(notes, trace.model)
+    return rows, [f"{prefix}: {note}" if prefix else note for note in notes]
+
+
+class _Extra:
+    """Which parts beside the table were asked for."""
+
+    def __init__(self, sweep: bool, marginal: bool, by: Breakdown | None, depth: int | None, insisted: bool) -> None:
+        self.sweep = sweep
+        self.marginal = marginal
+        self.by = by
+        self.depth = depth
+        self.insisted = insisted
+
+    def rows(self, rows: list[tuple[str, Cost]]) -> list[tuple[str, Cost]]:
+        """Which rows get a breakdown: those asked for, or the last one (everything)."""
+        return rows if self.insisted else rows[-1:]
+
+
+class _Report:
+    """Everything one command found, as lines or as data."""
+
+    def __init__(
+        self, targets: list[str], rows: list[tuple[str, Cost]], notes: list[str], traces: list[Trace], optimizer: str
+    ) -> None:
+        from frostline.costing.comparison import Comparison
+
+        self.targets = targets
+        self.rows = rows
+        self.notes = notes
+        self.traces = traces
+        self.optimizer = optimizer
+        self.comparison = Comparison(tuple(rows))
+
+    def show(self, extra: _Extra) -> None:
+        from rich.console import Console
+
+        from frostline.reports.text import show
+
+        console = Console(highlight=False)
+        width = min(console.width, 120) if console.is_terminal else min(_columns(), 120)
+        show(self.lines(extra, width), console)
+
+    def lines(self, extra: _Extra, width: int) -> Iterator[Line]:
+        from frostline.reports.sweep import sweep_lines
+        from frostline.reports.text import breakdown_lines, bullet, comparison_lines, marginal_lines
+
+        yield from comparison_lines(self.comparison, width)
+        for note in self.notes:
+            yield from bullet(note, width, "dim")
+        if extra.sweep:
+            for trace, points in self._sweeps():
+                yield from sweep_lines(trace, points, width)
+        for label, cost in extra.rows(self.rows):
+            if extra.by is not None:
+                yield from breakdown_lines(_broken_down(cost, extra), cost, extra.by.value, label, width)
+            if extra.marginal:
+                yield from marginal_lines(_marginal(cost), width, label)
+
+    def data(self, extra: _Extra) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        from frostline.reports.data import breakdown_to_dict, cost_figures, marginal_to_dict
+        from frostline.reports.findings import Finding
+
+        found = self.comparison.to_dict()
+        found |= {"kind": "report", "targets": self.targets}
+        found["findings"] += [asdict(Finding("note", note)) for note in self.notes]
+        if extra.sweep:
+            found["sweep"] = [
+                {
+                    "model": self.traces.index(trace),
+                    "num_blocks": max(k for k, _ in points),
+                    "points": [{"last": k, "cost": cost_figures(cost)} for k, cost in points],
+                }
+                for trace, points in self._sweeps()
+            ]
+        rows = extra.rows(self.rows)
+        if extra.by is not None:
+            by = extra.by.value
+            found["breakdowns"] = [breakdown_to_dict(by, label, _broken_down(cost, extra)) for label, cost in rows]
+        if extra.marginal:
+            found["marginals"] = [marginal_to_dict(_marginal(cost)) for _, cost in rows]
+        return found
+
+    def _sweeps(self) -> Iterator[tuple[Trace, list[tuple[int, Cost]]]]:
+        from frostline.costing.comparison import sweep_last
+
+        for trace in self.traces:
+            with _saying("sweeping the last blocks"):
+                points = sweep_last(trace, "freeze", self.optimizer)
+            yield trace, points
+
+
+def _broken_down(cost: Cost, extra: _Extra) -> list[Any]:
+    if extra.by is Breakdown.op:
+        return cost.by_op()
+    if extra.by is Breakdown.parameter:
+        return cost.by_parameter()
+    return cost.by_module(extra.depth or _depth_of_blocks(cost))
+
+
+def _depth_of_blocks(cost: Cost) -> int:
+    from frostline.subsets import blocks
+
+    found = blocks(cost.trace.model)
+    return max((len(name.split(".")) for name in found), default=2)
+
+
+def _marginal(cost: Cost) -> Any:
+    from frostline.costing.marginal import marginal
+
+    with _progress("costing one parameter more, one less") as advance:
+        return marginal(cost.trace, cost.subset, cost.method, cost._optimizer, advance)
+
+
+def _columns() -> int:
+    """The width of a report that goes to a file or a pipe: $COLUMNS, or 100."""
+    import os
+
+    asked = os.environ.get("COLUMNS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else 100
+
+
+@contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Say on a terminal's stderr what takes so long."""
+    from rich.console import Console
+
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield advance

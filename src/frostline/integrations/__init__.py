@@ -1,0 +1,1 @@
+"""Other libraries; each file imports its library only when called."""

@@ -1,0 +1,31 @@
+"""Every exact figure, equal to what torch really did: every model of the zoo, at least 12 subsets, every method."""
+
+from __future__ import annotations
+
+import pytest
+from tests.cases import CASES, subsets_for
+from tests.truth.comparing import differences, trace_case
+from tests.truth.reference import METHODS
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_figure_equals_the_real_run(name: str) -> None:
+    if CASES[name].missing:
+        pytest.skip(f"needs {CASES[name].needs}")
+    case = CASES[name]()
+    trace = trace_case(case)
+    wrong = {
+        (label, method): found
+        for label, train in subsets_for(case).items()
+        for method in METHODS
+        if (found := differences(trace, case, train, method))
+    }
+    assert not wrong, f"{len(wrong)} differ, the first: {next(iter(wrong.items()))}"
+
+
+def test_the_comparison_can_fail() -> None:
+    case = CASES["mlp"]()
+    trace = trace_case(case)
+    wrong_case = CASES["linear_10_20_10_5"]()
+    name = next(iter(trace.parameters))
+    assert differences(trace, wrong_case, [name], "freeze") != {}

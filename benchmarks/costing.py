@@ -42,6 +42,7 @@ from frostline.subsets import resolve
 RESULTS = Path(__file__).parent / "results"
 SEED = 0
 MIB = 2**20
+LOAD = os.getloadavg()[0]  # before this process adds to it
 PROGRESS = Console(stderr=True)
 
 Row = tuple[str, str, str]  # what, measured, target
@@ -181,7 +182,8 @@ def conditions() -> list[str]:
     return [
         f"{date.today().isoformat()}. Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, frostline {fl.__version__}.",
-        f"{processor()}, {os.cpu_count()} cores; OMP_NUM_THREADS {threads}, torch threads {torch.get_num_threads()}.",
+        f"{processor()}, {os.cpu_count()} cores; OMP_NUM_THREADS {threads}, torch threads {torch.get_num_threads()}; "
+        f"load average before the run {LOAD:.1f} (above 0: other processes shared the cores).",
         "BERT-base: 12 x 768, float32, 8 x 128 tokens, train mode, eager attention, no weights (meta). Random subsets "
         f"of 1 to all parameters, seed {SEED}. Llama shapes: bfloat16, 1 x 2048 tokens, train mode, no weights.",
     ]

@@ -6,6 +6,7 @@ come from `comparisons` and `loops`.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -64,7 +66,11 @@ PARTS = {
     "llama": Part(
         "(f) The shape of Llama 3 8B without weights, 1 x 2048 tokens: the last 4 of 32 blocks",
         llama.llama_3_8b,
-        {"last 4 blocks": "@last:4", "everything": "@all"},
+        {
+            "last 4, head": "@last:4",
+            "last 4 alone": "@last:4, !lm_head, !model.norm",
+            "everything": "@all",
+        },
     ),
 }
 
@@ -157,12 +163,15 @@ def spans(numbers: tuple[int, ...]) -> str:
 def loop_table() -> Table:
     """What the three loops computed on real tensors, beside what frostline says."""
     said = comparison("ten")
-    table = Table("loop", "grad_weight of layers", "grad_input of layers", title="Three steps of each loop, really run")
-    table.add_column("FLOPs a step\ncounted by torch", justify="right")
-    table.add_column("FLOPs a step\nby frostline", justify="right")
-    table.add_column("norm of layer 1's\nweight.grad", justify="right")
+    table = Table(
+        title="Three steps of each loop, really run (FLOPs are of one step)", title_justify="left", box=box.SIMPLE
+    )
+    for head in ("loop", "grad_weight\nof layers", "grad_input\nof layers"):
+        table.add_column(head, no_wrap=True)
+    for head in ("FLOPs, as\ntorch counted", "FLOPs, by\nfrostline", "norm of layer 1's grad\nafter each step"):
+        table.add_column(head, justify="right", no_wrap=True)
     for method, loop in loops().items():
-        norms = ", ".join(f"{norm:.3g}" for norm in loop.first_grad_norms) or "None"
+        norms = ", ".join(f"{norm:.4f}" for norm in loop.first_grad_norms) or "None"
         layers = (spans(loop.grad_weight_layers), spans(loop.grad_input_layers))
         table.add_row(method, *layers, f"{loop.step_flops:,}", f"{said[method].step_flops:,}", norms)
     return table
@@ -170,9 +179,9 @@ def loop_table() -> Table:
 
 def main() -> None:
     """Print every part, with the time it took."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 100)
     for name, part in PARTS.items():
-        console.rule(f"[bold]{part.title}", align="left")
+        console.print(part.title, style="bold")
         started = time.perf_counter()
         with console.status(f"tracing {part.target.__name__} ..."):
             found = comparison(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,12 +122,14 @@ def test_llama_shape_costs_what_paper_says():
     queries_and_out, keys_and_values = 4 * tokens * width * width, 4 * tokens * width * key_values
     feed_forward, head = 3 * 2 * tokens * width * inner, 2 * tokens * width * vocabulary
     weights = queries_and_out + keys_and_values + feed_forward
-    assert rows["last 4 blocks"]["grad_weight_flops"] == 4 * weights + head  # @last:4 takes what comes after it too
+    assert rows["last 4, head"]["grad_weight_flops"] == 4 * weights + head  # @last:4 takes what comes after it too
+    assert rows["last 4 alone"]["grad_weight_flops"] == 4 * weights
+    assert rows["last 4 alone"]["grad_input_flops"] == rows["last 4, head"]["grad_input_flops"]
     assert rows["everything"]["grad_weight_flops"] == 32 * weights + head
     block = width * (2 * width + 2 * key_values + 3 * inner + 2)
     parameters = 32 * block + 2 * vocabulary * width + width
     assert rows["everything"]["parameter_bytes"] == 2 * parameters == 2 * 8_030_261_248
-    assert rows["last 4 blocks"]["gradient_bytes"] == 2 * (4 * block + width + vocabulary * width)
+    assert rows["last 4, head"]["gradient_bytes"] == 2 * (4 * block + width + vocabulary * width)
 
 
 def test_llama_is_traced_without_weights():
@@ -168,3 +171,25 @@ GPT2_TABLE = {
 
 def test_gpt2_table_comes_out_to_its_last_digit():
     assert {row.name: row.printed() for row in guesses.rows()} == GPT2_TABLE
+
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_readme_table_holds_the_demo_figures():
+    labels = {"@head": "head", "@last:1": "last block", "@biases": "biases", "@all": "everything"}
+    cells = [line.split() for line in README.read_text().splitlines() if line.startswith("@")]
+    quoted = {row[0]: (row[4], row[6]) for row in cells if len(row) == 10}  # step GFLOP, saved MiB
+    minilm_figures = {label: demo.figures("minilm")[name] for label, name in labels.items()}
+    printed = {
+        label: (f"{row['step_flops'] / 1e9:.2f}", f"{row['saved_bytes'] / 2**20:.2f}")
+        for label, row in minilm_figures.items()
+    }
+    assert quoted == printed
+
+
+def test_readme_quotes_the_gpt2_table():
+    lines = README.read_text().splitlines()
+    for name, (_, ratio, *_) in GPT2_TABLE.items():
+        quoted = next(line for line in lines if line.startswith(f"| {name.replace('q,v', 'q, v')} |"))
+        assert f"| {ratio} |" in quoted

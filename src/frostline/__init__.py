@@ -9,6 +9,7 @@
 0
 """
 
+from frostline.costing.comparison import Comparison, compare
 from frostline.costing.cost import Cost
 from frostline.costing.formulas import register_flops
 from frostline.errors import FrostlineError
@@ -16,4 +17,4 @@ from frostline.subsets import Subset
 from frostline.tracing.trace import Trace, trace
 
 __version__ = "0.1.0"
-__all__ = ["Cost", "FrostlineError", "Subset", "Trace", "register_flops", "trace"]
+__all__ = ["Comparison", "Cost", "FrostlineError", "Subset", "Trace", "compare", "register_flops", "trace"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from typing import Annotated
 
 import typer
 
-from frostline.cli.cost import cost
+from frostline.cli.cost import EXAMPLES, cost
 from frostline.errors import FrostlineError
 
 app = typer.Typer(
@@ -19,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(cost)
+app.command(epilog=EXAMPLES)(cost)
 
 
 def _print_version(asked: bool) -> None:
@@ -42,6 +43,8 @@ def _frostline(
 def main() -> None:
     """Run the command line. What a caller can cause is one message on stderr and exit code 2."""
     debug = "--debug" in sys.argv
+    if not debug:  # torch logs every shape error of a fake kernel with a traceback, beside raising it
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         app(prog_name="frostline")
     except FrostlineError as error:

@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from frostline.reports.text import Line
     from frostline.tracing.trace import Trace
 
-_EXAMPLES = """
+EXAMPLES = """\b
 Examples:
-
-\b
   frostline cost examples/small.py:digits_cnn
   frostline cost train.py:build --train @head --train "last two=@last:2" --method freeze --method optimizer-only
   frostline cost meta-llama/config.json --input 1x2048 --train @last:4
@@ -77,7 +75,9 @@ def cost(
         bool, typer.Option("--marginal", help="What each parameter more would add, and each one less would save.")
     ] = False,
     by: Annotated[Breakdown | None, typer.Option(help="Where each row's cost is paid.")] = None,
-    depth: Annotated[int | None, typer.Option(min=1, help="Names that --by module keeps; default: to the blocks.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=1, help="Names that --by module keeps; default: to the blocks.")
+    ] = None,
     inputs: Annotated[
         list[str] | None,
         typer.Option("--input", metavar="[NAME=]8x128[:int64]", help="The shape of an input. Repeat for several."),
@@ -109,7 +109,7 @@ def cost(
     for spec, name in zip(targets, names, strict=True):
         with _saying(f"tracing {spec}"):
             target = load(spec, inputs or (), model_class, loss)
-            trace = _trace(target, device, eval_mode)
+            trace = _trace(spec, target, device, eval_mode)
         traces.append(trace)
         with _saying(f"costing {spec}"):
             prefix = name if len(targets) > 1 else ""
@@ -124,22 +124,25 @@ def cost(
         report.show(extra)
 
 
-cost.__doc__ = f"{cost.__doc__}{_EXAMPLES}"
-
-
 def _distinct(names: list[str]) -> list[str]:
     return [f"{name}#{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def _trace(target: Target, device: str | None, eval_mode: bool) -> Trace:
+def _trace(spec: str, target: Target, device: str | None, eval_mode: bool) -> Trace:
     import frostline
+    from frostline.cli.targets import is_config
 
     target.model.train(not eval_mode)
     try:
         return frostline.trace(target.model, target.inputs, target.loss, device)
     except TraceError as error:
         if "loss=" in str(error):
-            error.add_note("on the command line: let the TARGET return (model, inputs, loss), or say --loss sum")
+            heads = (
+                "--model-class AutoModelFor..., "
+                if is_config(spec)
+                else "let the TARGET return (model, inputs, loss), "
+            )
+            error.add_note(f"on the command line: {heads}or --loss sum")
         raise
 
 
@@ -219,7 +222,7 @@ class _Report:
         for label, cost in extra.rows(self.rows):
             if extra.by is not None:
                 yield from breakdown_lines(_broken_down(cost, extra), cost, extra.by.value, label, width)
-            if extra.marginal:
+            if extra.marginal and (cost.method == "freeze" or self.comparison.only_method == cost.method):
                 yield from marginal_lines(_marginal(cost), width, label)
 
     def data(self, extra: _Extra) -> dict[str, Any]:

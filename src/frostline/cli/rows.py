@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from frostline.errors import SubsetError, TraceError
+from frostline.errors import SubsetError
 from frostline.subsets import Subset, num_blocks, resolve
 
 BUILT_IN = ("@now", "@head", "@last:1 2 4", "@biases", "@norms", "@all")
@@ -64,12 +64,13 @@ def resolved(asked: Iterable[Asked], model: nn.Module) -> tuple[dict[str, Subset
                 continue
         try:
             subset = resolve(row.pattern, model)
-        except SubsetError as error:
+        except SubsetError:
             if not row.optional:
                 raise
-            notes.append(f"no row {row.label}: {error}")
+            notes.append(f"no row {row.label}: nothing in this {type(model).__name__} matches it.")
             continue
-        found.setdefault(subset, []).append(row.label)
+        labels = found.pop(subset, []) if row.optional else found.get(subset, [])  # @all stays last when it joins @now
+        found[subset] = [*labels, row.label]
     return {" = ".join(labels): subset for subset, labels in found.items()}, notes
 
 
@@ -77,6 +78,3 @@ def nothing_left(notes: Sequence[str], model: nn.Module) -> SubsetError:
     """The error when no row matched anything."""
     listed = "".join(f"\n  {note}" for note in notes)
     return SubsetError(f"no row is left for {type(model).__name__}:{listed}")
-
-
-SKIPPABLE = (SubsetError, TraceError)

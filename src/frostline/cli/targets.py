@@ -45,7 +45,7 @@ def load(spec: str, inputs: Sequence[str] = (), model_class: str | None = None, 
     Raises:
         TargetError: it is missing, or does not give a model. What its own code raises is passed on with a note.
     """
-    if _is_config(spec):
+    if is_config(spec):
         name = Path(spec).parent.name if Path(spec).name == "config.json" else Path(spec).stem
         model, given, given_loss = model_from_config(spec, model_class), None, None
     else:
@@ -60,7 +60,8 @@ def load(spec: str, inputs: Sequence[str] = (), model_class: str | None = None, 
     return Target(name or spec, model, given, loss or given_loss)
 
 
-def _is_config(spec: str) -> bool:
+def is_config(spec: str) -> bool:
+    """Whether a TARGET is the path of a config, or of the folder that holds one."""
     path = Path(spec)
     if path.suffix == ".json":
         if not path.is_file():

@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from frostline.costing.engine import Entry
-from frostline.costing.optimizers import optimizer_model
-from frostline.tracing.calls import Side
+from frostline.costing.optimizers import OptimizerModel, SparseGradientsRefused, optimizer_model
+from frostline.tracing.calls import Side, is_view
 from frostline.tracing.graph import Unit
 
 if TYPE_CHECKING:
     from frostline.costing.cost import Cost
+    from frostline.tracing.trace import Trace
 
 TOP_LEVEL = "(top level)"
 """Row of what runs in no submodule: the model's own ops, and the loss."""
@@ -80,15 +81,17 @@ def by_module(cost: Cost, depth: int = 2) -> list[Row]:
 def by_op(cost: Cost) -> list[Row]:
     """Rows per op of the forward, its backward beside it, the dearest first.
 
-    Gradients and optimizer state count for the first op that uses the parameter.
+    Gradients and optimizer state count for the first op that computes with the parameter (a transpose does not).
     """
     first_use: dict[int, str] = {}
     parts = []
     for unit, row in _unit_rows(cost):
         name = unit.call.name
         parts.append((name, row))
+        if unit.call.kind == "op" and is_view(unit.call.target):
+            continue
         for bits, slot in zip(unit.behind, unit.inputs, strict=True):
-            if slot.is_leaf:
+            if slot.is_leaf or slot.side is Side.WEIGHT:
                 for number in _numbers(bits):
                     first_use.setdefault(number, name)
     numbering = cost.trace.parameter_numbers
@@ -186,23 +189,44 @@ def _unit_rows(cost: Cost) -> Iterator[tuple[Unit, Row]]:
 
 
 def _parameter_rows(cost: Cost) -> Iterator[tuple[str, Row]]:
-    """What each parameter holds itself: its gradient and its optimizer state."""
+    """What each parameter holds itself: its gradient and its optimizer state (0 where that is unknown)."""
     ledger, forward, backward = cost._flags
     trace = cost.trace
-    keeps = optimizer_model(cost._optimizer)
-    gets_grad = ledger.evaluate(forward, backward).trained
-    for number, (name, parameter) in enumerate(trace.parameters.items()):
-        if gets_grad >> number & 1:
-            trains = name in cost.subset
-            yield (
+    names = list(trace.parameters)
+    trained = {trace.parameter_numbers[name] for name in cost.subset.names}
+    sums = ledger.evaluate(forward, backward)
+    known = cost.optimizer_bytes is not None
+    for number, gradient_bytes, optimizer_bytes in held_by_parameter(trace, sums, optimizer_model(cost._optimizer)):
+        name = names[number]
+        state_bytes = (optimizer_bytes or 0) if known and number in trained else 0
+        yield (
+            name,
+            Row(
                 name,
-                Row(
-                    name,
-                    gradient_bytes=trace.gradient_bytes[number],
-                    optimizer_bytes=keeps.state_bytes(parameter) if trains else 0,
-                    num_trained=cost.subset.num_elements(name),
-                ),
-            )
+                gradient_bytes=gradient_bytes,
+                optimizer_bytes=state_bytes,
+                num_trained=cost.subset.num_elements(name),
+            ),
+        )
+
+
+def held_by_parameter(trace: Trace, sums: Entry, keeps: OptimizerModel) -> Iterator[tuple[int, int, int | None]]:
+    """Of every parameter that gets a gradient: its number, the gradient's bytes, its state's bytes if it trains.
+
+    The last is None for a sparse gradient that the optimizer refuses.
+    """
+    sparse: dict[int, int] = {}
+    for number, nbytes in sums.sparse:
+        sparse[number] = sparse.get(number, 0) + nbytes
+    for number, parameter in enumerate(trace.parameter_list):
+        if not sums.trained >> number & 1:
+            continue
+        state_bytes: int | None
+        try:
+            state_bytes = keeps.state_bytes(parameter, sparse=number in sparse)
+        except SparseGradientsRefused:
+            state_bytes = None
+        yield number, sparse.get(number, trace.gradient_bytes[number]), state_bytes
 
 
 def _gathered(parts: Iterable[tuple[str, Row]]) -> list[Row]:
@@ -231,4 +255,3 @@ def _numbers(bits: int) -> Iterator[int]:
         low = bits & -bits
         yield low.bit_length() - 1
         bits ^= low
-

@@ -37,6 +37,12 @@ class Comparison:
         """The traces behind the rows, each once, in order."""
         return tuple({id(cost.trace): cost.trace for _, cost in self.rows}.values())
 
+    @property
+    def only_method(self) -> str:
+        """The method of all rows, or "" if they differ."""
+        methods = {cost.method for _, cost in self.rows}
+        return methods.pop() if len(methods) == 1 else ""
+
     def to_dict(self) -> dict[str, Any]:
         """Every figure of every row, for JSON."""
         from frostline.reports.data import comparison_to_dict
@@ -87,9 +93,7 @@ def compare_trace(trace: Trace, train: Any, methods: Any, optimizer: Any) -> Com
     return Comparison(tuple(_rows(trace, named, methods, optimizer)))
 
 
-def _rows(
-    trace: Trace, named: Mapping[Any, Any], methods: Iterable[str], optimizer: Any
-) -> Iterator[tuple[str, Cost]]:
+def _rows(trace: Trace, named: Mapping[Any, Any], methods: Iterable[str], optimizer: Any) -> Iterator[tuple[str, Cost]]:
     methods = tuple(methods)
     for label, subset in named.items():
         for method in methods:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from frostline.costing.breakdown import held_by_parameter
 from frostline.costing.cost import Cost
 from frostline.costing.optimizers import OptimizerModel, optimizer_model
 from frostline.subsets import Subset, resolve
@@ -26,7 +27,7 @@ class Change:
         names: the parameters; one, but for groups.
         num_elements: how many numbers they are.
         step_flops, saved_bytes, gradient_bytes, optimizer_bytes: the step with the larger subset minus the step with
-            the smaller one.
+            the smaller one. ``optimizer_bytes`` is None where the optimizer refuses the gradients.
     """
 
     names: tuple[str, ...]
@@ -34,7 +35,7 @@ class Change:
     step_flops: int
     saved_bytes: int
     gradient_bytes: int
-    optimizer_bytes: int
+    optimizer_bytes: int | None
 
     @property
     def name(self) -> str:
@@ -79,7 +80,7 @@ class _Figures:
     step_flops: int
     saved_bytes: int
     gradient_bytes: int
-    optimizer_bytes: int
+    optimizer_bytes: int | None
 
 
 def marginal(
@@ -114,13 +115,14 @@ def marginal(
 
 
 def _change(names: tuple[str, ...], num_elements: int, more: _Figures, less: _Figures) -> Change:
+    unknown = more.optimizer_bytes is None or less.optimizer_bytes is None
     return Change(
         names,
         num_elements,
         more.step_flops - less.step_flops,
         more.saved_bytes - less.saved_bytes,
         more.gradient_bytes - less.gradient_bytes,
-        more.optimizer_bytes - less.optimizer_bytes,
+        None if unknown else (more.optimizer_bytes or 0) - (less.optimizer_bytes or 0),
     )
 
 
@@ -130,8 +132,7 @@ class _Scale:
     def __init__(self, trace: Trace, method: str, keeps: OptimizerModel) -> None:
         self.trace = trace
         self.method = method
-        self.state_bytes = [keeps.state_bytes(p) if n in trace.trainable_numbers else 0
-                            for n, p in enumerate(trace.parameter_list)]  # fmt: skip
+        self.keeps = keeps
         self._known: dict[frozenset[int], _Figures] = {}
 
     def weigh(self, numbers: frozenset[int]) -> _Figures:
@@ -146,15 +147,15 @@ class _Scale:
             ledger, sums, _, _, _ = trace._coster.evaluate(numbers, self.method)
         else:  # nothing trains: the forward alone, for which nothing is traced again
             ledger = trace._coster.ledger
-            sums = ledger.evaluate(0, 0)
-        gets_grad = [n for n in range(len(self.state_bytes)) if sums.trained >> n & 1]
+            sums = ledger.evaluate(0)
         backward = sums.grad_input_flops + sums.grad_weight_flops + sums.recompute_flops
-        return _Figures(
-            sums.forward_flops + backward,
-            ledger.bytes_of(sums.held),
-            sum(trace.gradient_bytes[n] for n in gets_grad),
-            sum(self.state_bytes[n] for n in gets_grad if n in numbers),
-        )
+        gradient_bytes = 0
+        optimizer_bytes: int | None = 0
+        for number, gradient, state in held_by_parameter(trace, sums, self.keeps):
+            gradient_bytes += gradient
+            if number in numbers:
+                optimizer_bytes = None if optimizer_bytes is None or state is None else optimizer_bytes + state
+        return _Figures(sums.forward_flops + backward, ledger.bytes_of(sums.held), gradient_bytes, optimizer_bytes)
 
 
 def order_of_use(cost: Cost) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,7 +108,7 @@ def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Prob
     call = unit.call
     got: dict[int, Tensor] = {}
     recording = Recording()
-    with nullcontext() if real else stage.fake_mode, torch.enable_grad(), autocast(call.autocast):
+    with _collection_paused(), nullcontext() if real else stage.fake_mode, torch.enable_grad(), autocast(call.autocast):
         inputs = _Inputs(unit, question.mask, got, real=real)
         tensors = inputs.take()
         if call.kind == "torch" and call.captured and call.autocast:
@@ -144,6 +144,18 @@ def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Prob
             got[index] = leaf.grad
     sparse = tuple((i, g._indices().nbytes + g._values().nbytes) for i, g in got.items() if g.is_sparse)
     return Probe(held, recording.take(), forward, frozenset(got), sparse, refusal)
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Keep what a replay makes in the youngest generation."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Inputs:
@@ -242,7 +254,7 @@ def _survivors(
     """What stays alive when everything but autograd's nodes is dropped is what autograd holds."""
     refs: dict[int, StorageWeakRef] = recording.storages
     if is_user_code and any(not ref.expired() for ref in refs.values()):
-        gc.collect()  # user code may have left reference cycles
+        gc.collect(0)  # user code may have left reference cycles; with collection paused, they are all young
     held: list[Held] = []
     held_leaves = {storage_key(leaf) for leaf in leaves.values()}
     for order, (key, ref) in enumerate(refs.items()):

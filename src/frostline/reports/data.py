@@ -39,7 +39,9 @@ def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
     return {
         **_head("comparison"),
         "models": [header(trace).to_dict() for trace in models],
-        "rows": [{"label": label, "model": _index(models, cost.trace), **cost_figures(cost)} for label, cost in comparison],
+        "rows": [
+            {"label": label, "model": _index(models, cost.trace), **cost_figures(cost)} for label, cost in comparison
+        ],
         "findings": [asdict(finding) for finding in findings(comparison.rows)],
     }
 

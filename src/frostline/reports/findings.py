@@ -27,7 +27,9 @@ def findings(rows: Sequence[tuple[str, Cost]]) -> list[Finding]:
     found: list[Finding] = []
     if several_models:
         found.append(
-            Finding("shares", 'shares ("of all") are of each row\'s own model with everything trained; figures compare.')
+            Finding(
+                "shares", 'shares ("of all") are of each row\'s own model with everything trained; figures compare.'
+            )
         )
     else:
         found += [*_floor(costs[0]), *_reach(rows), *_early(rows), *_waste(rows)]
@@ -58,7 +60,7 @@ def _trainable(cost: Cost) -> list[str]:
 
 def _called(label: str, cost: Cost) -> str:
     """What a sentence calls a row's subset: in a table of methods the label is the method."""
-    return str(cost.subset) if label == cost.method else label
+    return str(cost.subset) if label == cost.method else label.removesuffix(f" by {cost.method}")
 
 
 def _floor(cost: Cost) -> Iterator[Finding]:
@@ -84,8 +86,8 @@ def _reach(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
     _, label, cost = best
     yield Finding(
         "reach",
-        f"{_called(label, cost)} trains {share(cost.num_trained, cost.num_parameters)} of the parameters and still pays "
-        f"{share(cost.backward_flops, cost.full.backward_flops)} of a full backward, "
+        f"{_called(label, cost)} trains {share(cost.num_trained, cost.num_parameters)} of the parameters and still "
+        f"pays {share(cost.backward_flops, cost.full.backward_flops)} of a full backward, "
         f"because that reaches {reach(cost)}, the first of them that the forward uses.",
     )
 
@@ -127,16 +129,23 @@ def _waste(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
         best = key if best is None or key[0] > best[0] else best
     if best is None:
         return
-    times, label, cost, naive = best
-    unused = naive.gradient_bytes - cost.gradient_bytes
-    if times < 1.02 and not unused:
+    _, label, cost, naive = best
+    parts = []
+    if naive.step_flops > cost.step_flops:
+        parts.append(f"cost {ratio(naive.step_flops, cost.step_flops)} the FLOPs")
+    if naive.saved_bytes > cost.saved_bytes:
+        parts.append(f"save {bytes_text(naive.saved_bytes)} instead of {bytes_text(cost.saved_bytes)}")
+    if naive.gradient_bytes > cost.gradient_bytes:
+        unused = bytes_text(naive.gradient_bytes - cost.gradient_bytes)
+        parts.append(f"keep {unused} of gradients that nothing uses")
+    if not parts:
         return
+    *most, last = parts
+    listed = f"{', '.join(most)} and {last}" if most else last
     yield Finding(
         "waste",
-        f"{_called(label, cost)} without freezing the rest (only its parameters handed to the optimizer) would cost "
-        f"{ratio(naive.step_flops, cost.step_flops)} the FLOPs, save {bytes_text(naive.saved_bytes)} instead of "
-        f"{bytes_text(cost.saved_bytes)}, and keep {bytes_text(unused)} of gradients that nothing uses. "
-        "So set requires_grad_(False) on the rest.",
+        f"{_called(label, cost)} with only its parameters handed to the optimizer and the rest not frozen would "
+        f"{listed}. So set requires_grad_(False) on the rest.",
     )
 
 
@@ -156,9 +165,9 @@ def _slices(label: str, cost: Cost) -> Iterator[Finding]:
     whole = cost.num_sliced_tensor_elements
     yield Finding(
         "slice",
-        f"{label}: torch pays for the whole of each sliced tensor, {whole:,} numbers for {needs.elements:,}. The slices "
-        f"alone need {bytes_text(needs.gradient_bytes)} of gradients and {bytes_text(needs.optimizer_bytes)} of "
-        "optimizer state.",
+        f"{label}: torch pays for the whole of each sliced tensor, {whole:,} numbers for {needs.elements:,}. "
+        f"The slices alone need {bytes_text(needs.gradient_bytes)} of gradients and "
+        f"{bytes_text(needs.optimizer_bytes)} of optimizer state.",
     )
 
 
@@ -167,9 +176,9 @@ def _uncounted(costs: Sequence[Cost]) -> Iterator[Finding]:
     for cost in costs:
         for op, where in cost.uncounted.items():
             modules.setdefault(op, {}).update(dict.fromkeys(where))
-    for op, where in modules.items():
-        first = next((module for module in where if module), "the model itself")
-        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+    for op, found in modules.items():
+        first = next((module for module in found if module), "the model itself")
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         yield Finding(
             "uncounted",
             f"uncounted: {op} (in {first}{more}) has no FLOP formula, so its FLOPs are in no total; "

@@ -114,13 +114,17 @@ def _attention(trace: Trace) -> list[str]:
     calls = list(trace.tape_on.calls)
     while calls:
         call = calls.pop()
-        called = call.name
+        called = call.name.rpartition(".")[2]
         names = [str(op.target).split(".")[1] for op in call.ops()] if call.kind != "checkpoint" else []
         fused = [n for n in names if n.startswith("_scaled_dot_product_") and not n.endswith("_backward")]
-        inner_math = called == "scaled_dot_product_attention" and not [n for n in fused if not n.endswith("_math")]
+        inner_math = (
+            call.kind == "torch"
+            and called == "scaled_dot_product_attention"
+            and not [n for n in fused if not n.endswith("_math")]
+        )
         if inner_math:
             kernels["math"] += 1
-        elif called == "scaled_dot_product_attention" or call.kind == "op":
+        elif fused and (call.kind == "op" or called == "scaled_dot_product_attention"):
             kernels.update(_kernel_name(n) for n in fused)
         elif call.kind in ("torch", "checkpoint", "function"):
             calls.extend(call.children)

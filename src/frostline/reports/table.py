@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from frostline.costing.breakdown import Row
 from frostline.costing.cost import Cost
 from frostline.reports.units import Unit, bytes_unit, flops_unit, percent
+from frostline.reports.units import total as sum_of
 
 GAP = "  "
 EVERYTHING = "(everything)"
@@ -69,7 +70,7 @@ def _costs(labels: Sequence[str], costs: Sequence[Cost], label_title: str, detai
     full = [cost.full for cost in costs]
     num = [cost.num_trained for cost in costs]
     flops = flops_unit([c.step_flops for c in costs])
-    kept = bytes_unit([max(c.saved_bytes, c.gradient_bytes, c.optimizer_bytes) for c in costs])
+    kept = bytes_unit([max(c.saved_bytes, c.gradient_bytes + (c.optimizer_bytes or 0)) for c in costs])
     columns = [Column(label_title, "", tuple(labels), "basis", left=True)]
     said = all(cost.method in label or label == EVERYTHING for label, cost in zip(labels, costs, strict=True))
     if len({cost.method for cost in costs}) > 1 and not said:
@@ -78,7 +79,7 @@ def _costs(labels: Sequence[str], costs: Sequence[Cost], label_title: str, detai
         Column("trains", "%", tuple(percent(n, c.num_parameters, 2) for n, c in zip(num, costs, strict=True)))
     )
 
-    def amounts(title: str, unit: Unit, figure: Callable[[Cost], int], *figures: str) -> None:
+    def amounts(title: str, unit: Unit, figure: Callable[[Cost], int | None], *figures: str) -> None:
         cells = tuple(unit(figure(cost)) for cost in costs)
         columns.append(Column(title, unit.name, cells, basis_word(costs, *figures)))
 
@@ -104,14 +105,20 @@ def _costs(labels: Sequence[str], costs: Sequence[Cost], label_title: str, detai
         amounts("gradients", kept, lambda c: c.gradient_bytes, "gradient_bytes")
         amounts("optimizer", kept, lambda c: c.optimizer_bytes, "optimizer_bytes")
     elif detail == 1:
-        amounts("grads+opt", kept, lambda c: c.gradient_bytes + c.optimizer_bytes, "gradient_bytes", "optimizer_bytes")
+        amounts(
+            "grads+opt",
+            kept,
+            lambda c: sum_of(c.gradient_bytes, c.optimizer_bytes),
+            "gradient_bytes",
+            "optimizer_bytes",
+        )
     return Table(tuple(columns))
 
 
 def basis_word(costs: Sequence[Cost], *figures: str) -> str:
     """How a column is known: the weakest word among its rows. What was assumed is said below the table."""
     words = {cost.basis[figure].partition(":")[0] for cost in costs for figure in figures}
-    return next((word for word in ("assumed", "predicted", "measured", "exact") if word in words), "")
+    return next((word for word in ("unknown", "assumed", "predicted", "measured", "exact") if word in words), "")
 
 
 def row_table(rows: Sequence[Row], total: Cost, width: int, title: str) -> Table:
@@ -128,7 +135,7 @@ def shortened(name: str, width: int) -> str:
     """The end of a name that is too long: that is where names differ.
 
     >>> shortened("encoder.layer.11.attention.weight", 20)
-    '...attention.weight'
+    '....attention.weight'
     """
     return name if len(name) <= width else "..." + name[-(width - 3) :]
 
@@ -136,7 +143,7 @@ def shortened(name: str, width: int) -> str:
 def _rows(rows: Sequence[Row], total: Cost, title: str, detail: int) -> Table:
     sums = [*rows, _total_row(total)]
     flops = flops_unit([row.step_flops for row in sums])
-    kept = bytes_unit([max(row.saved_bytes, row.gradient_bytes, row.optimizer_bytes) for row in sums])
+    kept = bytes_unit([max(row.saved_bytes, row.gradient_bytes + row.optimizer_bytes) for row in sums])
     columns = [Column(title, "", tuple(row.name for row in sums), left=True)]
 
     def amounts(name: str, unit: Unit, figure: Callable[[Row], int]) -> None:
@@ -169,7 +176,7 @@ def _total_row(cost: Cost) -> Row:
         cost.recompute_flops,
         cost.saved_bytes,
         cost.gradient_bytes,
-        cost.optimizer_bytes,
+        cost.optimizer_bytes or 0,
         cost.moved_bytes,
         cost.num_trained,
     )

@@ -15,7 +15,7 @@ from frostline.costing.marginal import Change, Marginal
 from frostline.reports.findings import early_words, findings, reach, trained_words
 from frostline.reports.header import header
 from frostline.reports.table import EVERYTHING, GAP, Column, Table, cost_table, row_table, shortened
-from frostline.reports.units import bytes_unit, flops_unit, percent, share
+from frostline.reports.units import bytes_unit, flops_unit, percent, share, total
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,12 +49,13 @@ def show(lines: Iterable[Line], console: Console) -> None:
 def cost_line(cost: Cost) -> str:
     """What a subset costs, in one line: the honest ``print_trainable_parameters()``."""
     full = cost.full
-    gradients = cost.gradient_bytes + cost.optimizer_bytes
+    state = total(cost.optimizer_bytes, full.optimizer_bytes) is not None
+    kept = [c.gradient_bytes + (c.optimizer_bytes or 0 if state else 0) for c in (cost, full)]
     parts = [
         f"trainable {share(cost.num_trained, cost.num_parameters)} of parameters",
         f"{share(cost.step_flops, full.step_flops)} of a full step's FLOPs",
         f"{share(cost.saved_bytes, full.saved_bytes)} of its saved bytes",
-        f"{share(gradients, full.gradient_bytes + full.optimizer_bytes)} of its gradients and optimizer state",
+        f"{share(*kept)} of its gradients{' and optimizer state' if state else ''}",
     ]
     if cost.step_seconds is not None and full.step_seconds:
         parts.insert(2, f"{share(cost.step_seconds, full.step_seconds)} of its time")
@@ -98,10 +99,10 @@ def with_everything(rows: Sequence[tuple[str, Cost]]) -> list[tuple[str, Cost]]:
 
 def _legend(optimizers: Iterable[str], costs: Sequence[Cost]) -> str:
     methods = dict.fromkeys(cost.method for cost in costs)
-    by = f"by {next(iter(methods))}, " if len(methods) == 1 else ""
+    by = f"by {next(iter(methods))}; " if len(methods) == 1 else ""
     return (
-        f"{by}state of {' and '.join(optimizers)}; a multiply-add is 2 FLOPs; "
-        "saved: what autograd holds when the loss returns."
+        f"{by}{' and '.join(optimizers)} state; a multiply-add is 2 FLOPs; "
+        "saved: held by autograd when the loss returns."
     )
 
 
@@ -130,15 +131,16 @@ def bullet(text: str, width: int, style: str = "") -> Iterator[Line]:
 
 def _reach_lines(rows: Sequence[tuple[str, Cost]], width: int) -> Iterator[Line]:
     """What trains in each row, and how far backward reaches because of which parameter."""
-    told: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[int, str, str], list[str]] = {}
     for label, cost in rows:
         if label != EVERYTHING:
-            told.setdefault((trained_words(cost), reach(cost)), []).append(label)
-    labels = [", ".join(names) for names in told.values()]
+            groups.setdefault((id(cost.trace), trained_words(cost), reach(cost)), []).append(label)
+    labels = [", ".join(names) for names in groups.values()]
+    told = [(what, far) for _, what, far in groups]
     first = max(map(len, labels))
     last = max(len(far) for _, far in told)
     room = min(width - first - last - 2 * len(GAP), max(len(what) for what, _ in told))
-    if room < 32 and any(len(what) > room for what, _ in told):
+    if room < max(len(word) for what, _ in told for word in what.split()):
         for label, (what, far) in zip(labels, told, strict=True):
             indent = " " * min(first + len(GAP), 16)
             text = f"{label.ljust(first)}{GAP}{what}; backward reaches {far}"
@@ -153,13 +155,18 @@ def _reach_lines(rows: Sequence[tuple[str, Cost]], width: int) -> Iterator[Line]
 
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
-    return textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    """Lines of at most ``width``; a number stays with its unit."""
+    kept = re.sub(r"(?<=\d) (?=(%|x|[KMGTP]?i?B|[kMGTPE]?FLOPs?)\b|%)", "\u00a0", text)
+    lines = textwrap.wrap(kept, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\u00a0", " ") for line in lines]
 
 
 # -- breakdowns -------------------------------------------------------------------------------------------------------
 
 
-def breakdown_lines(rows: Sequence[Row], cost: Cost, what: str, label: str, width: int, limit: int = 40) -> Iterator[Line]:
+def breakdown_lines(
+    rows: Sequence[Row], cost: Cost, what: str, label: str, width: int, limit: int = 40
+) -> Iterator[Line]:
     """Rows of one cost, alike neighbours folded together, with their total."""
     folded = _limited(_without_idle(list(_folded(rows))), limit)
     yield Line("")
@@ -183,7 +190,9 @@ def _continues(last: Row, row: Row) -> bool:
     if len(a) != len(b):
         return False
     changed = [(x, y) for x, y in zip(a, b, strict=True) if x != y]
-    counts_up = len(changed) == 1 and all(x.isdigit() for x in changed[0]) and int(changed[0][0]) + 1 == int(changed[0][1])
+    counts_up = (
+        len(changed) == 1 and all(x.isdigit() for x in changed[0]) and int(changed[0][0]) + 1 == int(changed[0][1])
+    )
     same = [getattr(last, amount) == getattr(row, amount) for amount in _SHOWN]
     return counts_up and all(same)
 
@@ -238,11 +247,12 @@ def marginal_lines(marginal: Marginal, width: int = WIDTH, label: str = "", limi
     yield Line("")
     free = [c for c in marginal.adding if c.step_flops == 0]
     if free:
+        numbers = sum(c.num_elements for c in free)
         yield from bullet(
-            f"{len(free)} frozen parameters, {sum(c.num_elements for c in free):,} numbers, would each add no FLOPs.",
+            f"{len(free)} of {len(marginal.adding)} frozen parameters, {numbers:,} numbers, would each add no FLOPs.",
             width,
         )
-    if len(adding) > limit:
+    if len(adding) > limit and adding[-1].step_flops:
         most = adding[-1]
         more = f"{share(most.step_flops, cost.step_flops)} to the step"
         yield from bullet(f"the dearest to train beside {label} is {most.name}: it would add {more}.", width)
@@ -254,7 +264,7 @@ def marginal_lines(marginal: Marginal, width: int = WIDTH, label: str = "", limi
 
 def _changes(title: str, chosen: Sequence[Change], num: int, cost: Cost, width: int) -> Iterator[Line]:
     flops = flops_unit([c.step_flops for c in chosen])
-    kept = bytes_unit([max(c.saved_bytes, c.gradient_bytes + c.optimizer_bytes) for c in chosen])
+    kept = bytes_unit([max(c.saved_bytes, c.gradient_bytes + (c.optimizer_bytes or 0)) for c in chosen])
 
     def table(room: int) -> Table:
         return Table(
@@ -264,7 +274,7 @@ def _changes(title: str, chosen: Sequence[Change], num: int, cost: Cost, width: 
                 Column("step", flops.name, tuple(flops(c.step_flops) for c in chosen)),
                 Column("of step", "%", tuple(percent(c.step_flops, cost.step_flops) for c in chosen)),
                 Column("saved", kept.name, tuple(kept(c.saved_bytes) for c in chosen)),
-                Column("grads+opt", kept.name, tuple(kept(c.gradient_bytes + c.optimizer_bytes) for c in chosen)),
+                Column("grads+opt", kept.name, tuple(kept(total(c.gradient_bytes, c.optimizer_bytes)) for c in chosen)),
             )
         )
 

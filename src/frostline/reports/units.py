@@ -22,8 +22,10 @@ class Unit:
     size: int
     decimals: int
 
-    def __call__(self, value: int) -> str:
-        """The number alone, without the unit."""
+    def __call__(self, value: int | None) -> str:
+        """The number alone, without the unit; ``-`` for what is not known."""
+        if value is None:
+            return "-"
         return _fixed(value / self.size, self.decimals if self.size > 1 else 0)
 
 
@@ -37,17 +39,17 @@ def _fixed(value: float, decimals: int) -> str:
     return text
 
 
-def _unit(values: Iterable[int], names: tuple[str, ...], base: int) -> Unit:
-    largest = max((abs(v) for v in values), default=0)
+def _unit(values: Iterable[int | None], names: tuple[str, ...], base: int) -> Unit:
+    largest = max((abs(v) for v in values if v is not None), default=0)
     power = 0
-    while power + 1 < len(names) and largest >= base ** (power + 1):
+    while power + 1 < len(names) and largest >= 1000 * base**power:  # 0.98 GiB rather than 1,004 MiB
         power += 1
     size = base**power
     return Unit(names[power], size, 2)
 
 
-def bytes_unit(values: Iterable[int]) -> Unit:
-    """The unit for a column of bytes: the largest of which the largest value holds one."""
+def bytes_unit(values: Iterable[int | None]) -> Unit:
+    """The unit for a column of bytes: the one in which the largest value has up to three digits."""
     return _unit(values, _BYTES, 1024)
 
 
@@ -107,3 +109,13 @@ def ratio(more: float, less: float) -> str:
     '3.0 x'
     """
     return f"{more / less:.1f} x" if less else "-"
+
+
+def total(*values: int | None) -> int | None:
+    """The sum; None if any part is not known, for unknown is not zero.
+
+    >>> total(1, 2), total(1, None)
+    (3, None)
+    """
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

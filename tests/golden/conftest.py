@@ -1,0 +1,26 @@
+"""``pytest tests/golden --update-golden`` writes the reports anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/*.txt anew")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    """``golden(name, text)`` asserts that the report is what ``tests/golden/name.txt`` holds."""
+
+    def compare(name: str, text: str) -> None:
+        path = Path(__file__).parent / f"{name}.txt"
+        text = text.rstrip() + "\n"
+        if request.config.getoption("--update-golden", default=False):
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"no {path.name}: run pytest tests/golden --update-golden, and read it"
+        assert text == path.read_text(encoding="utf-8")
+
+    return compare

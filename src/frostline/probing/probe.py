@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from frostline.probing.attribution import RanOp, Recording, storage_key
 from frostline.probing.replay import Receiver, Stage, autocast, perform, seed, stand_in
+from frostline.probing.shrinking import shrunk
 from frostline.tracing.calls import Call, Side, TensorMeta, describe, tensors_in
 from frostline.tracing.graph import Unit
 
 _REAL_LIMIT = 96 << 20  # bytes of tensors a probe may hold to be run for real
+_REAL_LIMIT_IN_DOUBT = 1 << 30  # ... where a fake kernel was seen to be wrong at a smaller size
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +90,32 @@ def probe(stage: Stage, unit: Unit, question: Question) -> Probe:
     return found
 
 
-def _can_be_real(unit: Unit) -> bool:
+def _can_be_real(unit: Unit, limit: int = _REAL_LIMIT) -> bool:
     total = sum(slot.meta.nbytes for slot in (*unit.inputs, *unit.call.outputs))
-    return total <= _REAL_LIMIT and all(slot.meta.device == "cpu" for slot in unit.inputs)
+    return total <= limit and all(slot.meta.device == "cpu" for slot in unit.inputs)
 
 
 def _confirmed(stage: Stage, unit: Unit, question: Question, found: Probe) -> Probe:
+    """Check on real tensors what a fake kernel said is saved; what is too large is checked at a smaller size."""
+    forward_only = replace(question, receives=frozenset())
     if not _can_be_real(unit):
-        return replace(found, confirmed=False)
+        small = shrunk(unit)
+        if small is not None and _can_be_real(small):
+            real = _saved_for_real(stage, small, forward_only)
+            if real is not None and real == _replay(stage, small, forward_only, real=False).held:
+                return found
+        if not _can_be_real(unit, _REAL_LIMIT_IN_DOUBT):
+            return replace(found, confirmed=False)
+    real = _saved_for_real(stage, unit, forward_only)
+    return replace(found, confirmed=False) if real is None else replace(found, held=real)
+
+
+def _saved_for_real(stage: Stage, unit: Unit, question: Question) -> tuple[Held, ...] | None:
     try:
         with torch.random.fork_rng(devices=[]):
-            real = _replay(stage, unit, replace(question, receives=frozenset()), real=True)
+            return _replay(stage, unit, question, real=True).held
     except Exception:  # a kernel that refuses made-up values says nothing about what it saves
-        return replace(found, confirmed=False)
-    return replace(found, held=real.held)
+        return None
 
 
 def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Probe:

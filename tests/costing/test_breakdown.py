@@ -19,7 +19,7 @@ ADDED_UP = (
     "mlp", "tied_embedding", "shared_layer_thrice", "sparse_embedding", "weight_norm_parametrization", "hypernetwork",
     "attention_learned_bias", "checkpoint_each_block", "checkpoint_reentrant_cut", "several_losses",
     "batch_norm_cnn_train", "function_with_weights", "custom_op", "autocast_shared_weight", "lstm_classifier",
-    "in_place_activations", "teacher_and_student",
+    "in_place_activations", "teacher_and_student", "forced_input_gradient", "input_requires_grad",
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(16, 48)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.view(2, 2, 4, 8).contiguous() for part in self.qkv(x).chunk(3, -1))
+        q, k, v = (part.reshape(2, 2, 4, 8) for part in self.qkv(x).chunk(3, -1))
         if self.how == "written out":
             return (q @ k.transpose(-1, -2)).softmax(-1) @ v
         return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1 if self.how == "math" else 0.0)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TOP_LEVEL = "(top level)"
 """Row of what runs in no submodule: the model's own ops, and the loss."""
-FORWARD = "(shared) forward and what it saves"
+FORWARD = "(shared) forward, saved tensors"
 GRAD_INPUT = "(shared) grad_input path"
 RECOMPUTE = "(shared) recompute"
 OTHER_WEIGHT = "(shared) grad_weight of tensors that are no parameters"
@@ -169,10 +169,19 @@ def _unit_rows(cost: Cost) -> Iterator[tuple[Unit, Row]]:
     """Every unit with its amounts; a storage counts for the first unit that holds it."""
     ledger, forward, backward = cost._flags
     entries: list[tuple[Unit, Entry]] = list(ledger.rows(forward, backward))  # first all: a probe may correct a size
+    by_units = 0
+    for _, entry in entries:
+        by_units |= entry.held
+    loose = ledger.evaluate(forward, backward).held & ~by_units  # kept by autograd for no op: for who made or got it
     seen = 0
     for unit, entry in entries:
         fresh = entry.held & ~seen
+        for slot in (*unit.inputs, *unit.outputs) if loose else ():
+            fresh |= loose & 1 << slot.storage
+        if unit is entries[-1][0]:
+            fresh |= loose & ~seen
         seen |= fresh
+        loose &= ~seen
         yield (
             unit,
             Row(

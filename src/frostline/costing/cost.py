@@ -13,6 +13,7 @@ from frostline.costing.engine import Entry, Ledger
 from frostline.costing.optimizers import OptimizerModel, SparseGradientsRefused, optimizer_model
 from frostline.errors import FrostlineError, TraceError
 from frostline.subsets import Subset, resolve
+from frostline.tracing.calls import is_view
 
 if TYPE_CHECKING:
     from frostline.costing.breakdown import Row
@@ -180,7 +181,11 @@ def _assemble(
     optimizer_bytes: int | None = 0
     basis = _basis(trace, sums)
     try:
-        optimizer_bytes = sum([keeps.state_bytes(parameters[n], sparse=n in sparse) for n in trained])
+        known = trace.optimizer_tables.setdefault(keeps, {})
+        for n in trained:
+            if n in sparse or n not in known:
+                known[n] = keeps.state_bytes(parameters[n], sparse=n in sparse)
+        optimizer_bytes = sum([known[n] for n in trained])
     except SparseGradientsRefused as refusal:
         optimizer_bytes, basis["optimizer_bytes"] = None, f"unknown: {refusal}"
     result = Cost(
@@ -248,7 +253,7 @@ def _cut(trace: Trace, subset: Subset) -> str:
     bits = sum(1 << n for n in numbers)
     last = None
     for unit in trace._coster.ledger.units:
-        if any(b & bits for b in unit.behind):
+        if any(b & bits for b in unit.behind) and not (unit.call.kind == "op" and is_view(unit.call.target)):
             last = unit
     names = ", ".join(subset.names[:3]) + (", ..." if len(subset.names) > 3 else "")
     if last is None:

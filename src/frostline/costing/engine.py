@@ -8,6 +8,7 @@ Sets of parameters and of storages are the bits of Python integers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -354,15 +355,17 @@ class Engine:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self.stage = Stage(trace.rehearsal.fake_mode, self._lend)
-        self.store = ProbeStore(self.stage)
-        self._leaves = trace.tape_on.parameter_of_leaf
-        self.ledger = Ledger(trace.graph, self.store)
+        self.ledger = self._ledger(trace.graph)
         self._retraced: dict[int, Ledger] = {}
 
-    def _lend(self, leaves: dict[int, Tensor]) -> Any:
-        numbers = {self._leaves[leaf]: tensor for leaf, tensor in leaves.items() if leaf in self._leaves}
-        return self.trace.rehearsal.lending(numbers)
+    def _ledger(self, graph: Graph) -> Ledger:
+        number_of = graph.tape.parameter_of_leaf
+
+        def lend(leaves: dict[int, Tensor]) -> AbstractContextManager[None]:
+            numbers = {number_of[leaf]: tensor for leaf, tensor in leaves.items() if leaf in number_of}
+            return self.trace.rehearsal.lending(numbers)
+
+        return Ledger(graph, ProbeStore(Stage(self.trace.rehearsal.fake_mode, lend)))
 
     def bits(self, numbers: Iterable[int]) -> int:
         bits = 0
@@ -387,10 +390,5 @@ class Engine:
         if asked not in self._retraced:
             if len(self._retraced) >= 64:
                 self._retraced.pop(next(iter(self._retraced)))
-            graph = Graph(self.trace.rehearsal.tape(numbers))
-            before, self._leaves = self._leaves, graph.tape.parameter_of_leaf
-            try:
-                self._retraced[asked] = Ledger(graph, self.store)
-            finally:
-                self._leaves = before
+            self._retraced[asked] = self._ledger(Graph(self.trace.rehearsal.tape(numbers)))
         return self._retraced[asked]

@@ -46,7 +46,7 @@ class OptimizerModel:
             if optimizer.lower() not in classes:
                 import difflib
 
-                close = difflib.get_close_matches(optimizer.lower(), classes, n=3, cutoff=0.4)
+                close = difflib.get_close_matches(optimizer.lower(), classes, n=5, cutoff=0.4)
                 hint = f"closest: {', '.join(close)}" if close else f"torch.optim has {', '.join(sorted(classes))}"
                 raise OptimizerError(f"no optimizer {optimizer!r} in torch.optim; {hint}")
             make: Any = classes[optimizer.lower()]

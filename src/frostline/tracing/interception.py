@@ -1,8 +1,9 @@
-"""Seeing calls that neither dispatch nor torch-function modes show: ``Function.apply`` and ``checkpoint``.
+"""Seeing calls that no mode of torch's shows: ``Function.apply``, ``checkpoint``, and modules being called.
 
 ``Function.apply`` is replaced in its code object, not as a class attribute: ``fn = MyFunction.apply`` stored at import
-time is a bound method over the same function object, so both spellings are seen. Threads without an active observer
-run torch's own code.
+time is a bound method over the same function object, so both spellings are seen. Modules are seen by
+replacing ``nn.Module.__call__``: hooks would be noticed (fused encoders give up when they find any). Threads without an
+active observer run torch's own code.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 
+import torch
 import torch.utils.checkpoint as torch_checkpoint
+from torch import nn
 from torch.autograd.function import Function
 
 
 class Observer(Protocol):
     """Receives the intercepted calls of its own thread."""
+
+    def on_module(self, module: nn.Module, run: Callable[[], Any]) -> Any: ...
 
     def on_apply(self, cls: type, args: tuple[Any, ...], run: Callable[..., Any]) -> Any: ...
 
@@ -50,6 +55,25 @@ def apply_observed(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if observer is None or kwargs:
         return _torch_apply(cls, *args, **kwargs)
     return observer.on_apply(cls, args, lambda *given: _torch_apply(cls, *given))
+
+
+_torch_module_call = nn.Module.__call__
+_torch_has_torch_function = torch.overrides.has_torch_function
+
+
+def _observed_module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    observer = current_observer()
+    if observer is None:
+        return _torch_module_call(module, *args, **kwargs)
+    return observer.on_module(module, lambda: _torch_module_call(module, *args, **kwargs))
+
+
+def _has_torch_function_of_its_own(relevant_args: Any) -> bool:
+    """Modules ask this before they take a fused path; being observed must not be the reason not to."""
+    if current_observer() is None or not torch._C._len_torch_function_stack():
+        return _torch_has_torch_function(relevant_args)
+    with torch.overrides._pop_mode_temporarily():
+        return _torch_has_torch_function(relevant_args)
 
 
 class _Shadow:
@@ -94,6 +118,8 @@ def observed_by(observer: Observer | None) -> Iterator[None]:
         if _installed == 1:
             _apply.__code__ = _Shadow.apply.__code__
             torch_checkpoint._checkpoint_without_reentrant_generator = _observed_checkpoint  # type: ignore[assignment]
+            nn.Module.__call__ = _observed_module_call  # type: ignore[method-assign]
+            torch.overrides.has_torch_function = _has_torch_function_of_its_own
     _local.observer = observer
     try:
         yield
@@ -104,6 +130,8 @@ def observed_by(observer: Observer | None) -> Iterator[None]:
             if _installed == 0:
                 _apply.__code__ = _torch_apply.__code__
                 torch_checkpoint._checkpoint_without_reentrant_generator = _torch_checkpoint_generator
+                nn.Module.__call__ = _torch_module_call  # type: ignore[method-assign]
+                torch.overrides.has_torch_function = _torch_has_torch_function
 
 
 def is_reentrant_checkpoint(cls: type) -> bool:

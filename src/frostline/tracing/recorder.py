@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frostline.tracing.calls import Call, Edge, Side, Slot, TensorMeta, describe, is_view, template, tensors_in
-from frostline.tracing.interception import is_reentrant_checkpoint
+from frostline.tracing.interception import is_reentrant_checkpoint, observed_by
 
 _set_requires_grad = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 _SMALL_NUMEL = 1 << 24  # ops on known values run for real up to this size
@@ -54,6 +54,7 @@ class Recorder:
         self.current = self.root
         self.module_names = module_names
         self.module_stack: list[str] = [""]
+        self.failed: tuple[BaseException, str] | None = None  # the last exception, and the module it was raised in
         self.nodes: list[Any] = []  # autograd nodes, kept alive so that their ids stay theirs
         self.leaves: list[Tensor] = []
         self.storage_bytes: list[int] = []
@@ -236,14 +237,17 @@ class Recorder:
         call.end_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self.current.children.append(call)
 
-    # -- modules -------------------------------------------------------------------------------------------------------
-
-    def enter_module(self, module: nn.Module, _args: Any) -> None:
-        name = self.module_names.get(id(module))
-        self.module_stack.append(self.module_stack[-1] if name is None else name)
-
-    def leave_module(self, _module: nn.Module, _args: Any, _result: Any) -> None:
-        self.module_stack.pop()
+    def on_module(self, module: nn.Module, run: Callable[[], Any]) -> Any:
+        depth = len(self.module_stack)
+        self.module_stack.append(self.module_names.get(id(module), self.module_stack[-1]))
+        try:
+            return run()
+        except BaseException as error:
+            if self.failed is None or self.failed[0] is not error:  # the innermost module it came through
+                self.failed = (error, self.module_stack[-1])
+            raise
+        finally:
+            del self.module_stack[depth:]
 
 
 def _closed_over(function: Any) -> list[Any]:
@@ -390,17 +394,5 @@ class _FunctionMode(TorchFunctionMode):
 @contextmanager
 def recording(recorder: Recorder, *, fake: bool) -> Iterator[Recorder]:
     """Record what runs inside on this thread. Enter any fake mode before."""
-    from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-
-    from frostline.tracing.interception import observed_by
-
-    hooks = [
-        register_module_forward_pre_hook(recorder.enter_module),
-        register_module_forward_hook(recorder.leave_module),
-    ]
-    try:
-        with observed_by(recorder), _DispatchMode(recorder, fake=fake), _FunctionMode(recorder):
-            yield recorder
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with observed_by(recorder), _DispatchMode(recorder, fake=fake), _FunctionMode(recorder):
+        yield recorder

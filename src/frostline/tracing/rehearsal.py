@@ -72,7 +72,7 @@ class Rehearsal:
         try:
             loss = self.run(self.model, args, kwargs)
         except Exception as error:
-            where = recorder.module_stack[-1]
+            where = recorder.failed[1] if recorder.failed is not None and recorder.failed[0] is error else ""
             modules = dict(self.model.named_modules())
             kind = type(modules.get(where, self.model)).__name__
             error.add_note(f"frostline: while tracing the step, in module {where or '(the model)'!r} ({kind})")

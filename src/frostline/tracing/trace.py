@@ -230,6 +230,11 @@ class Trace:
         return {name: number for number, name in enumerate(self.rehearsal.parameters)}
 
     @cached_property
+    def optimizer_tables(self) -> dict[Any, dict[int, int]]:
+        """Per optimizer: the bytes it keeps for each parameter it was asked about."""
+        return {}
+
+    @cached_property
     def gradient_bytes(self) -> list[int]:
         """Bytes of each parameter's gradient. Assumes: dense, as every op but a sparse embedding makes it."""
         return [p.numel() * p.element_size() for p in self.parameter_list]

@@ -27,3 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the models are tiny: two workers with two threads each took over five times as long
     for line in sorted(FILTERS):
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the reports in tests/golden anew")

@@ -112,8 +112,6 @@ def test_several_targets_share_one_table(rows_of: Any) -> None:
 
 
 def test_a_pattern_need_only_match_in_one_of_several_targets(frost: Any) -> None:
-    code, out, _ = frost("cost", f"{FILE}:mlp", f"{FILE}:tokens_model", "--input", "8x16", "--train", "2")
-    assert code == 2  # 8 x 16 floats are no tokens for nn.Embedding's model, and ints none for mlp
     code, out, _ = frost("cost", f"{FILE}:mlp", f"{FILE}:cut", "--train", "2", "--train", "late")
     assert code == 0
     assert "no row 2: nothing in this Cut matches it" in out

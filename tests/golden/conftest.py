@@ -1,14 +1,10 @@
-"""``pytest tests/golden --update-golden`` writes the reports anew."""
+"""``pytest tests/golden --update-golden`` writes the reports anew (the option is in tests/conftest.py)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write tests/golden/*.txt anew")
 
 
 @pytest.fixture
@@ -18,7 +14,7 @@ def golden(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     def compare(name: str, text: str) -> None:
         path = Path(__file__).parent / f"{name}.txt"
         text = text.rstrip() + "\n"
-        if request.config.getoption("--update-golden", default=False):
+        if request.config.getoption("--update-golden"):
             path.write_text(text, encoding="utf-8")
         assert path.exists(), f"no {path.name}: run pytest tests/golden --update-golden, and read it"
         assert text == path.read_text(encoding="utf-8")

@@ -17,8 +17,8 @@ def test_the_examples_in_docstrings_hold(module: object) -> None:
 
 def test_one_unit_serves_a_column_and_what_is_small_is_not_zero() -> None:
     unit = flops_unit([0, 3_000_000_000_000, 1])
-    assert unit.name == "TFLOP"
-    assert [unit(value) for value in (0, 3_000_000_000_000, 1)] == ["0", "3.00", "<0.01"]
+    assert unit.name == "GFLOP"
+    assert [unit(value) for value in (0, 3_000_000_000_000, 1)] == ["0", "3,000.0", "<0.1"]
 
 
 def test_bytes_are_powers_of_1024_and_flops_of_1000() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from typing import Any
 
@@ -32,10 +33,8 @@ def trace_case(case: Case) -> fl.Trace:
 def differences(trace: fl.Trace, case: Case, train: Collection[str], method: Method) -> dict[str, Any]:
     """Every figure of the cost that is not exactly what the real run measured: name -> (ours, the truth)."""
     truth: Truth | None = None
-    try:
+    with contextlib.suppress(Unreachable, Refused):
         truth = measure(case, train, method)
-    except (Unreachable, Refused):
-        pass
     nothing_trains = truth is None or not set(truth.trained_with_grad) & set(train)
     try:
         cost = trace.cost(train=list(train), method=method)

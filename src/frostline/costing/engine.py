@@ -338,7 +338,7 @@ def _moved(op: RanOp) -> int:
     return sum(m.nbytes for m in _metas(op.args)) + sum(m.nbytes for m in op.outputs if m is not None)
 
 
-def _metas(value: Any) -> Iterable[Any]:
+def _metas(value: Any) -> Iterator[TensorMeta]:
     if isinstance(value, TensorMeta):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -51,7 +51,9 @@ class OptimizerModel:
                 raise OptimizerError(f"no optimizer {optimizer!r} in torch.optim; {hint}")
             make: Any = classes[optimizer.lower()]
         elif isinstance(optimizer, torch.optim.Optimizer):
-            settings = {k: v for k, v in optimizer.defaults.items() if k in inspect.signature(type(optimizer)).parameters}
+            settings = {
+                k: v for k, v in optimizer.defaults.items() if k in inspect.signature(type(optimizer)).parameters
+            }
             make = functools.partial(type(optimizer), **settings)
         elif callable(optimizer):
             make = optimizer
@@ -85,7 +87,9 @@ class OptimizerModel:
                 optimizer.step()
             except Exception as error:
                 if "sparse" in str(error).lower():
-                    raise SparseGradientsRefused(f"{self.name} refuses sparse gradients; SparseAdam takes them") from error
+                    raise SparseGradientsRefused(
+                        f"{self.name} refuses sparse gradients; SparseAdam takes them"
+                    ) from error
                 raise OptimizerError(
                     f"{self.name} could not be asked what it keeps for a parameter of shape {meta.shape} and "
                     f"{meta.dtype}: {error}"

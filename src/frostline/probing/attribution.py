@@ -52,7 +52,7 @@ class _Running:
 def storage_key(tensor: Tensor) -> int | None:
     """Identifies a live storage; None for tensors that have none of their own (sparse ones)."""
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -61,7 +61,7 @@ class Recording(TorchDispatchMode):
     """Records one replay: ops, storages (weakly), the side of every tensor, and sides of gradients."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: dict[int, StorageWeakRef] = {}
         self.nbytes: dict[int, int] = {}
         self.secondary: set[int] = set()  # storages that were a second or later result of a kernel

@@ -234,7 +234,7 @@ def _cached_casts(call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
                 casts.append(result)
             return result
 
-    with Watch():
+    with Watch():  # type: ignore[no-untyped-call]
         perform(call, tensors)
     found = list(tensors[len(call.inputs) :])
     for position, slot in enumerate(call.captured):
@@ -263,7 +263,12 @@ def _roots(call: Call, outputs: list[Tensor], receives: frozenset[int]) -> tuple
 
 
 def _survivors(
-    recording: Recording, input_keys: list[int | None], output_keys: list[int | None], leaves: Any, *, is_user_code: bool
+    recording: Recording,
+    input_keys: list[int | None],
+    output_keys: list[int | None],
+    leaves: Any,
+    *,
+    is_user_code: bool,
 ) -> tuple[Held, ...]:
     """What stays alive when everything but autograd's nodes is dropped is what autograd holds."""
     refs: dict[int, StorageWeakRef] = recording.storages

@@ -72,7 +72,7 @@ class Receiver:
 def seed(tensor: Tensor, sink: Callable[[Tensor], None]) -> tuple[Tensor, Tensor, Receiver]:
     """Make ``tensor`` need a gradient; returns it, the token to differentiate by, and the receiver to keep alive."""
     token = torch.empty((), requires_grad=True)
-    seeded = _Seed.apply(token, tensor)
+    seeded = _Seed.apply(token, tensor)  # type: ignore[no-untyped-call]
     receiver = Receiver(sink)
     _received[id(seeded.grad_fn)] = receiver
     return seeded, token, receiver
@@ -156,6 +156,8 @@ class Stage:
         lend: leaf number -> stand-in; a context manager that puts them in the model's place.
     """
 
-    def __init__(self, fake_mode: FakeTensorMode, lend: Callable[[dict[int, Tensor]], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self, fake_mode: FakeTensorMode, lend: Callable[[dict[int, Tensor]], AbstractContextManager[None]]
+    ) -> None:
         self.fake_mode = fake_mode
         self.lend = lend

@@ -51,9 +51,7 @@ def _smaller(meta: TensorMeta, small: dict[int, int]) -> TensorMeta:
 def _renamed(value: Any, small: dict[int, int]) -> Any:
     """Sizes inside lists of integers (a normalised shape) follow; lone integers are dims, flags and the like."""
     if type(value) in (tuple, list):
-        return type(value)(
-            small.get(item, item) if type(item) is int else _renamed(item, small) for item in value
-        )
+        return type(value)(small.get(item, item) if type(item) is int else _renamed(item, small) for item in value)
     if type(value) is dict:
         return {key: _renamed(item, small) for key, item in value.items()}
     return value

@@ -11,7 +11,19 @@ from frostline.probing.replay import Stage
 from frostline.tracing.calls import Call, Hole
 from frostline.tracing.graph import Unit
 
-_SIMPLE = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_SIMPLE = (
+    int,
+    float,
+    bool,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 _shared: dict[Any, Probe] = {}  # for the whole process: probes of calls that no user object takes part in
 
 
@@ -50,8 +62,13 @@ def _likeness(call: Call, numbers: dict[int, int]) -> Any:
             numbers.setdefault(argument.value, numbers[slot.value])
         children = tuple(_likeness(child, numbers) for child in inside.children)
         wanted = tuple(numbers.get(slot.value, -1) for slot in inside.outputs)
-        return (*head, freeze({k: v for k, v in call.options.items() if k != "context_fn"}),
-                call.options.get("context_fn"), children, wanted)
+        return (
+            *head,
+            freeze({k: v for k, v in call.options.items() if k != "context_fn"}),
+            call.options.get("context_fn"),
+            children,
+            wanted,
+        )
     if call.kind == "torch" and not call.opaque:
         return tuple(_likeness(child, numbers) for child in call.children)
     if call.kind == "function" and call.captured:

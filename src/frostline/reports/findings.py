@@ -176,13 +176,16 @@ def _uncounted(costs: Sequence[Cost]) -> Iterator[Finding]:
     for cost in costs:
         for op, where in cost.uncounted.items():
             modules.setdefault(op, {}).update(dict.fromkeys(where))
+    places: dict[str, list[str]] = {}
     for op, found in modules.items():
         first = next((module for module in found if module), "the model itself")
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        places.setdefault(f"{first}{f' and {len(found) - 1} more' if len(found) > 1 else ''}", []).append(op)
+    for place, ops in places.items():
+        many = len(ops) > 1
         yield Finding(
             "uncounted",
-            f"uncounted: {op} (in {first}{more}) has no FLOP formula, so its FLOPs are in no total; "
-            "fl.register_flops gives it one.",
+            f"uncounted: {', '.join(ops)} (in {place}) {'have' if many else 'has'} no FLOP formula, so "
+            f"{'their' if many else 'its'} FLOPs are in no total; fl.register_flops gives {'them' if many else 'it'} one.",
         )
 
 

@@ -13,9 +13,9 @@ _FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
 class Unit:
     """One unit for a whole column, so that its numbers compare at a glance.
 
-    >>> unit = bytes_unit([528, 2704])
-    >>> unit.name, unit(528), unit(2704), unit(0), unit(1)
-    ('KiB', '0.52', '2.64', '0', '<0.01')
+    >>> unit = bytes_unit([528, 27_040])
+    >>> unit.name, unit(528), unit(27_040), unit(0), unit(1)
+    ('KiB', '0.52', '26.41', '0', '<0.01')
     """
 
     name: str
@@ -39,31 +39,32 @@ def _fixed(value: float, decimals: int) -> str:
     return text
 
 
-def _unit(values: Iterable[int | None], names: tuple[str, ...], base: int) -> Unit:
+def _unit(values: Iterable[int | None], names: tuple[str, ...], base: int, most: int) -> Unit:
+    """The smallest unit in which the largest value stays below ``most``."""
     largest = max((abs(v) for v in values if v is not None), default=0)
     power = 0
-    while power + 1 < len(names) and largest >= 1000 * base**power:  # 0.98 GiB rather than 1,004 MiB
+    while power + 1 < len(names) and largest >= most * base**power:
         power += 1
     size = base**power
-    return Unit(names[power], size, 2)
+    return Unit(names[power], size, 1 if largest >= 1000 * size else 2)
 
 
 def bytes_unit(values: Iterable[int | None]) -> Unit:
-    """The unit for a column of bytes: the one in which the largest value has up to three digits."""
-    return _unit(values, _BYTES, 1024)
+    """The unit for a column of bytes: up to four digits before the point, so that small cells keep theirs."""
+    return _unit(values, _BYTES, 1024, 10_000)
 
 
 def flops_unit(values: Iterable[int]) -> Unit:
     """The unit for a column of FLOPs."""
-    return _unit(values, _FLOPS, 1000)
+    return _unit(values, _FLOPS, 1000, 10_000)
 
 
 def bytes_text(value: int) -> str:
     """
-    >>> bytes_text(0), bytes_text(528), bytes_text(2704)
-    ('0 B', '528 B', '2.64 KiB')
+    >>> bytes_text(0), bytes_text(528), bytes_text(2704), bytes_text(1023 * 1024)
+    ('0 B', '528 B', '2.64 KiB', '1.00 MiB')
     """
-    unit = bytes_unit([value])
+    unit = _unit([value], _BYTES, 1024, 1000)
     return f"{unit(value)} {unit.name}"
 
 
@@ -72,7 +73,7 @@ def flops_text(value: int) -> str:
     >>> flops_text(676), flops_text(12_290), flops_text(21_828_000_000)
     ('676 FLOP', '12.29 kFLOP', '21.83 GFLOP')
     """
-    unit = flops_unit([value])
+    unit = _unit([value], _FLOPS, 1000, 1000)
     return f"{unit(value)} {unit.name}"
 
 

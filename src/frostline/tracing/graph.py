@@ -305,13 +305,13 @@ class Graph:
             if unit.call.kind != "op":
                 unit.receives = frozenset(i for i, slot in enumerate(unit.outputs) if slot.edge in edges)
         for node in self._reached:
-            unit = self._owner_of_node.get(id(node))
-            if unit is None or id(node) not in received:
+            owner = self._owner_of_node.get(id(node))
+            if owner is None or id(node) not in received:
                 continue
-            if unit.call.kind == "op":
-                unit.receives = frozenset(received[id(node)])
+            if owner.call.kind == "op":
+                owner.receives = frozenset(received[id(node)])
             elif _is_copy_slices(node):  # written in place through a view: the view it returns stands for the base
-                unit.receives = frozenset(range(len(unit.outputs)))
+                owner.receives = frozenset(range(len(owner.outputs)))
 
     def _passes(self, node: Any, numbers: frozenset[int], defined: Defined) -> frozenset[int]:
         unit = self._owner_of_node.get(id(node))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import nn
@@ -39,9 +38,7 @@ _lock = threading.Lock()
 _installed = 0
 
 _apply = Function.__dict__["apply"].__func__
-_torch_apply = types.FunctionType(
-    _apply.__code__, _apply.__globals__, "apply", _apply.__defaults__, _apply.__closure__
-)
+_torch_apply = types.FunctionType(_apply.__code__, _apply.__globals__, "apply", _apply.__defaults__, _apply.__closure__)
 _torch_checkpoint_generator = torch_checkpoint._checkpoint_without_reentrant_generator
 
 
@@ -68,19 +65,19 @@ def _observed_module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return observer.on_module(module, lambda: _torch_module_call(module, *args, **kwargs))
 
 
-def _has_torch_function_of_its_own(relevant_args: Any) -> bool:
+def _has_torch_function_of_its_own(args: Any) -> bool:
     """Modules ask this before they take a fused path; being observed must not be the reason not to."""
     if current_observer() is None or not torch._C._len_torch_function_stack():
-        return _torch_has_torch_function(relevant_args)
+        return _torch_has_torch_function(args)
     with torch.overrides._pop_mode_temporarily():
-        return _torch_has_torch_function(relevant_args)
+        return _torch_has_torch_function(args)
 
 
 class _Shadow:
     """Gives the replacement code the ``__class__`` cell that torch's own has."""
 
     def apply(cls, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: N805
-        __class__  # noqa: B018
+        __class__  # type: ignore[name-defined]  # noqa: B018
         from frostline.tracing.interception import apply_observed
 
         return apply_observed(cls, args, kwargs)
@@ -117,7 +114,7 @@ def observed_by(observer: Observer | None) -> Iterator[None]:
         _installed += 1
         if _installed == 1:
             _apply.__code__ = _Shadow.apply.__code__
-            torch_checkpoint._checkpoint_without_reentrant_generator = _observed_checkpoint  # type: ignore[assignment]
+            torch_checkpoint._checkpoint_without_reentrant_generator = _observed_checkpoint
             nn.Module.__call__ = _observed_module_call  # type: ignore[method-assign]
             torch.overrides.has_torch_function = _has_torch_function_of_its_own
     _local.observer = observer
@@ -136,5 +133,3 @@ def observed_by(observer: Observer | None) -> Iterator[None]:
 
 def is_reentrant_checkpoint(cls: type) -> bool:
     return issubclass(cls, torch_checkpoint.CheckpointFunction)
-
-

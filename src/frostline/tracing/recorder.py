@@ -215,9 +215,7 @@ class Recorder:
     def _record_recompute(self, call: Call, args: tuple[Any, ...]) -> None:
         """What the backward of a reentrant checkpoint runs again: its function with grad on, on detached inputs."""
         function, _, *given = args
-        detached = tuple(
-            a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in given
-        )
+        detached = tuple(a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in given)
         again = Call("checkpoint", call.target, (), {}, [], call.module, True)
         again.inputs = [self.slot(a) for a in detached if isinstance(a, Tensor)]
         with self.inside(again), torch.enable_grad():
@@ -267,7 +265,7 @@ def _closed_over(function: Any) -> list[Any]:
 
 class _DispatchMode(TorchDispatchMode):
     def __init__(self, recorder: Recorder, *, fake: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
         self.fake = fake
 

@@ -78,9 +78,13 @@ class Rehearsal:
             error.add_note(f"frostline: while tracing the step, in module {where or '(the model)'!r} ({kind})")
             raise
         if not isinstance(loss, Tensor):
-            raise TraceError(f"the loss must be a scalar tensor, got {type(loss).__name__}: return it from loss= or step=")
+            raise TraceError(
+                f"the loss must be a scalar tensor, got {type(loss).__name__}: return it from loss= or step="
+            )
         if loss.numel() != 1:
-            raise TraceError(f"the loss must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example .mean()")
+            raise TraceError(
+                f"the loss must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example .mean()"
+            )
         return loss
 
     @contextmanager
@@ -93,8 +97,8 @@ class Rehearsal:
             yield
 
 
-class _WasLetGo(RuntimeError):
-    pass
+class _WasLetGoError(RuntimeError):
+    """A saved tensor was asked for though nothing is kept."""
 
 
 def _let_go(_tensor: Tensor) -> None:
@@ -102,7 +106,7 @@ def _let_go(_tensor: Tensor) -> None:
 
 
 def _was_let_go(_nothing: None) -> Tensor:
-    raise _WasLetGo("a step that runs backward inside itself cannot be traced by one real forward")
+    raise _WasLetGoError("a step that runs backward inside itself cannot be traced by one real forward")
 
 
 class _Lender:

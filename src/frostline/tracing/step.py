@@ -108,7 +108,9 @@ def made_up_labels(model: nn.Module, kwargs: dict[str, Any], args: tuple[Any, ..
     if len(shape) == 2 and problem == "multi_label_classification":
         return {"labels": torch.zeros(shape, device=device)}
     if len(shape) == 4:  # (batch, classes, height, width): per pixel
-        size = next((v.shape[-2:] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 4), shape[2:])
+        size = next(
+            (v.shape[-2:] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 4), shape[2:]
+        )
         return {"labels": torch.zeros((shape[0], *size), dtype=torch.int64)}
     if first is not None and not first.is_floating_point() and len(shape) == 3 and first.dim() == 2:
         return {"labels": torch.zeros(first.shape, dtype=torch.int64)}

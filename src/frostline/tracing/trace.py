@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from frostline.costing.cost import Cost
     from frostline.costing.marginal import Marginal
 
-_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
-
 
 def trace(
     model: nn.Module,
@@ -56,27 +54,21 @@ def trace(
             device that is not there.
         Exception: whatever the step itself raises, with a note that names the module.
     """
-    args, kwargs = split_inputs(inputs, args, kwargs)  # type: ignore[assignment]
-    if step is not None and (args or kwargs or loss is not None):
+    given, named = split_inputs(inputs, args, kwargs)
+    if step is not None and (given or named or loss is not None):
         raise TraceError("give either step= or inputs and loss, not both")
-    if step is None and not args and not kwargs:
+    if step is None and not given and not named:
         raise TraceError("nothing to run: give inputs (a tensor, a tuple or a mapping), or step=")
     parameters = dict(model.named_parameters())
     _check_model(model, parameters)
     where = _device(model, parameters, device)
     assumptions: list[str] = []
-    if step is not None:
-        chosen = step
+    take_loss = _loss_taker(loss, assumptions)
 
-        def run(m: nn.Module, _args: Any, _kwargs: Any) -> Tensor:
-            return chosen(m)
-    else:
-        take_loss = _loss_taker(loss, assumptions)
+    def run(lent: nn.Module, lent_args: Any, lent_kwargs: Any) -> Tensor:
+        return take_loss(lent(*lent_args, **lent_kwargs)) if step is None else step(lent)
 
-        def run(m: nn.Module, a: Any, k: Any) -> Tensor:
-            return take_loss(m(*a, **k))
-
-    rehearsal = Rehearsal(model, run, args or (), dict(kwargs or {}), where, parameters)
+    rehearsal = Rehearsal(model, run, given, named, where, parameters)
     if step is None and loss is None and wants_labels(model, rehearsal.args, rehearsal.kwargs):
         rehearsal.kwargs.update(_labels(rehearsal))
         assumptions.append("labels were made up")
@@ -112,9 +104,7 @@ def _device(model: nn.Module, parameters: dict[str, nn.Parameter], asked: str | 
             raise TraceError(f"the model lies on several devices ({', '.join(sorted(map(str, real)))}): say device=")
         return real.pop() if real else torch.device("cpu")
     device = torch.device(asked)
-    there = ["cpu"] + (
-        [str(torch.accelerator.current_accelerator())] if torch.accelerator.is_available() else []
-    )
+    there = ["cpu"] + ([str(torch.accelerator.current_accelerator())] if torch.accelerator.is_available() else [])
     if device.type not in {torch.device(d).type for d in there}:
         raise TraceError(f"device {str(device)!r} is not here; there is: {', '.join(there)}")
     return device
@@ -178,12 +168,12 @@ class Trace:
             raise
         except Exception as error:
             weightless = [name for name, p in rehearsal.parameters.items() if p.device.type == "meta"]
-            data_decides = isinstance(error, _DATA_DEPENDENT)
+            data_decides = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
             if weightless:
                 if data_decides:
-                    notes = getattr(error, "__notes__", [])
+                    where = " ".join(getattr(error, "__notes__", [])[-1:])
                     raise TraceError(
-                        f"values decide what this model runs ({error.func}, {' '.join(notes[-1:])}), and it has no "
+                        f"values decide what this model runs ({error.args[0] if error.args else ''}; {where}), and it has no "
                         f"weights to compute them with ({weightless[0]!r} is on meta): load the weights and trace that"
                     ) from error
                 raise

@@ -183,7 +183,7 @@ def _is_free_form(op: OpOverload, name: str) -> bool:
     packet = getattr(getattr(torch.ops, op.namespace), name, None)
     if not isinstance(packet, OpOverloadPacket):
         return False
-    overloads: list[str] = packet.overloads()  # type: ignore[no-untyped-call]  # torch does not type it
+    overloads: list[str] = packet.overloads()
     return any(_says_torch(getattr(packet, overload)) for overload in overloads)
 
 

@@ -232,6 +232,14 @@ class Network(nn.Module):
         return self.run(self, *inputs)
 
 
+def _usable(tensor: Tensor) -> bool:
+    """Whether autograd still answers for a tensor: not for some views after a write to their base."""
+    try:
+        return tensor.grad_fn is None or True
+    except RuntimeError:
+        return False
+
+
 # Writing --------------------------------------------------------------------------------------------------------------
 
 Pick = Callable[[Tensor], bool]
@@ -271,7 +279,7 @@ class Writer:
 
     def fitting(self, fits: Pick) -> list[str]:
         """The newest first: that is what a smaller number stands for."""
-        return [name for name in reversed(self.names) if fits(self.tensor(name))]
+        return [name for name in reversed(self.names) if _usable(self.tensor(name)) and fits(self.tensor(name))]
 
     def some(self, number: int, fits: Pick = any_tensor) -> str | None:
         names = self.fitting(fits)
@@ -339,7 +347,7 @@ class Writer:
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         if not all(self._keeps(each) for each in results):
             return False
-        targets = list(names) or [f"v{self.made}" + ("" if i == 0 else "abcdefgh"[i - 1]) for i in range(len(results))]
+        targets = list(names) or [f"v{self.made}" + (f"_{i}" if i else "") for i in range(len(results))]
         for name, each in zip(targets, results, strict=True):
             self._remember(name, each)
         comma = "," if isinstance(result, (tuple, list)) and len(results) == 1 else ""
@@ -929,11 +937,14 @@ def write(drafts: Sequence[Draft], inputs: Sequence[str], terms: Sequence[int]) 
 
 def _finish(w: Writer, terms: Sequence[int]) -> Program:
     """The loss: a sum over a few tensors that need a gradient."""
+    if not w.setup:
+        w.parameter(2, (2,), torch.float32)
     if not w.fitting(lambda t: t.requires_grad):
         w.parameter(2, (2,), torch.float32)
-    computed = [name for name in w.fitting(lambda t: t.requires_grad) if not name.startswith("self.")]
-    names = computed or w.fitting(lambda t: t.requires_grad)
-    chosen = dict.fromkeys(names[number % len(names)] for number in terms)
+    computed = w.some(0, lambda t: t.requires_grad and t.grad_fn is not None)
+    chosen = dict.fromkeys(
+        w.some(number, lambda t: t.requires_grad and (t.grad_fn is not None or not computed)) for number in terms
+    )
     kinds = ("{}.float().mean()", "{}.float().square().mean()", "{}.double().sum()")
     w.lines.append("return " + " + ".join(nth(kinds, n).format(name) for n, name in zip(terms, chosen, strict=False)))
     return Program(tuple(w.setup), tuple(w.lines), w.inputs)
@@ -988,6 +999,6 @@ def examples() -> st.SearchStrategy[Example]:
         Example,
         drafts().map(tuple),
         st.lists(st.sampled_from(INPUTS), min_size=1, max_size=3).map(tuple),
-        st.lists(st.integers(0, 11), min_size=1, max_size=3).map(tuple),
+        st.lists(st.integers(0, 35), min_size=1, max_size=4).map(tuple),
         st.tuples(st.integers(0, 2**16 - 1), st.integers(0, 2**16 - 1)),
     )

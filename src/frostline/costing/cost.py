@@ -28,7 +28,10 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class SliceNeeds:
-    """What the trained slices alone would need, beside what eager torch pays for their whole tensors."""
+    """What the trained slices alone would need, beside what eager torch pays for their whole tensors.
+
+    ``grad_weight_flops`` is the slice's share, by elements, of its tensor's.
+    """
 
     elements: int
     gradient_bytes: int
@@ -70,7 +73,6 @@ class Cost:
     uncounted: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
-    slice_needs: SliceNeeds | None = None
     peak_bytes: int | None = None
     step_seconds: float | None = None
     trace: Trace = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
@@ -107,6 +109,11 @@ class Cost:
     @property
     def _optimizer(self) -> Any:
         return self.__dict__.get("_asked_optimizer", self.optimizer)
+
+    @cached_property
+    def slice_needs(self) -> SliceNeeds | None:
+        """What the slices of the subset need by themselves; None if only whole tensors train."""
+        return _slice_needs(self) if self.subset.slices else None
 
     def by_module(self, depth: int = 2) -> list[Row]:
         """Rows per module down to ``depth`` names; they add up to the totals."""
@@ -205,7 +212,6 @@ def _assemble(
         uncounted={op: tuple(modules) for op, modules in uncounted.items()},
         notes=tuple(notes),
         unreached=unreached,
-        slice_needs=_slice_needs(trace, subset, keeps),
         trace=trace,
         _flags=(ledger, *flags),
     )
@@ -234,17 +240,19 @@ def _basis(trace: Trace, sums: Entry) -> dict[str, str]:
     return basis
 
 
-def _slice_needs(trace: Trace, subset: Subset, keeps: OptimizerModel) -> SliceNeeds | None:
-    if not subset.slices:
-        return None
-    gradient = optimizer = elements = 0
-    for name in subset.slices:
-        parameter: Tensor = trace.parameters[name]
-        part = subset.num_elements(name)
+def _slice_needs(cost: Cost) -> SliceNeeds:
+    """Every element of a weight takes the same share of its grad_weight. Assumes: so does a slice's."""
+    keeps = optimizer_model(cost._optimizer)
+    whole = {row.name: row.grad_weight_flops for row in cost.by_parameter()}
+    elements = gradient = optimizer = flops = 0
+    for name in cost.subset.slices:
+        parameter: Tensor = cost.trace.parameters[name]
+        part = cost.subset.num_elements(name)
         elements += part
         gradient += part * parameter.element_size()
         optimizer += keeps.state_bytes(parameter.detach().new_empty(part, device="meta"))
-    return SliceNeeds(elements, gradient, optimizer, 0)
+        flops += whole.get(name, 0) * part // parameter.numel()
+    return SliceNeeds(elements, gradient, optimizer, flops)
 
 
 def _cut(trace: Trace, subset: Subset) -> str:

@@ -12,12 +12,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from frostline.costing.formulas import flops
 from frostline.probing.attribution import RanOp
 from frostline.probing.probe import Probe, Question
 from frostline.probing.replay import Stage
-from frostline.probing.store import ProbeStore, freeze
-from frostline.tracing.calls import Call, Side, TensorMeta, fill, is_view
+from frostline.probing.store import ProbeStore
+from frostline.tracing.calls import Call, Side, TensorMeta, fill, freeze, is_view
 from frostline.tracing.graph import Graph, Unit
 
 if TYPE_CHECKING:
@@ -324,7 +326,7 @@ def _op_cost(op: Call) -> tuple[int | None, int]:
         spec = op.output_spec
         flat = spec if isinstance(spec, (tuple, list)) else (spec,)
         given = tuple(fill(o, outputs) for o in flat)
-        counts = flops(op.target, fill(op.args, metas), fill(op.kwargs, metas), given)
+        counts = _flops(op.target, fill(op.args, metas), fill(op.kwargs, metas), given)
         total = None if counts is None else sum(counts)
         found = (total, 0 if is_view(op.target) else sum(m.nbytes for m in metas) + sum(m.nbytes for m in outputs))
         if key is not None:
@@ -347,7 +349,13 @@ def _metas(value: Any) -> Iterator[TensorMeta]:
 
 
 def _backward_flops(op: RanOp) -> tuple[int, ...] | None:
-    return flops(op.op, op.args, op.kwargs, op.outputs)
+    return _flops(op.op, op.args, op.kwargs, op.outputs)
+
+
+def _flops(op: Any, args: Any, kwargs: Any, outputs: Any) -> tuple[int, ...] | None:
+    """FLOPs per output; None where there is no formula, or rows of different lengths (nested tensors) hide the shapes."""
+    nested = any(meta.layout is torch.jagged for meta in _metas((args, kwargs)))
+    return flops(op, args, kwargs, outputs) if not nested else None
 
 
 class Engine:

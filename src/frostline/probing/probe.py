@@ -46,6 +46,7 @@ class Probe:
         forward: for torch calls: the ops this mask makes the forward run.
         defined: the inputs that got a gradient; ``sparse``: bytes of those that are sparse.
         refusal: why autograd would not run this, where it would not.
+        by_values: it took the values of integer inputs to find out.
         confirmed: False where a fake kernel's word about what it saves could not be checked on real tensors.
     """
 
@@ -55,6 +56,7 @@ class Probe:
     defined: frozenset[int] = frozenset()
     sparse: tuple[tuple[int, int], ...] = ()
     refusal: str = ""
+    by_values: bool = False
     confirmed: bool = True
 
 
@@ -82,7 +84,7 @@ def probe(stage: Stage, unit: Unit, question: Question) -> Probe:
             raise
         try:
             with torch.random.fork_rng(devices=[]):
-                return _replay(stage, unit, question, real=True)
+                return replace(_replay(stage, unit, question, real=True), by_values=True)
         except Exception:
             raise error from None
     if any(held.secondary for held in found.held):
@@ -212,11 +214,11 @@ class _Inputs:
 
 
 def _lent(stage: Stage, unit: Unit, tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """Put the stand-ins of captured parameters into the model: a Function may reach into a module, backward too."""
+    """Put the stand-ins of parameters into the model: a Function may reach into a module, backward too."""
     call = unit.call
-    if call.kind != "function" or not call.captured:
+    if call.kind != "function" or not (call.captured or call.brings_objects):
         return nullcontext()
-    slots = zip(call.captured, tensors[len(call.inputs) :], strict=True)
+    slots = zip(unit.inputs, tensors, strict=True)
     return stage.lend({slot.edge[1]: t for slot, t in slots if slot.edge and slot.is_leaf})
 
 

@@ -4,42 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from frostline.probing.probe import Probe, Question, probe
 from frostline.probing.replay import Stage
-from frostline.tracing.calls import Call, Hole
+from frostline.tracing.calls import Call, freeze
 from frostline.tracing.graph import Unit
 
-_SIMPLE = (
-    int,
-    float,
-    bool,
-    complex,
-    str,
-    bytes,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
 _shared: dict[Any, Probe] = {}  # for the whole process: probes of calls that no user object takes part in
 
 
-def freeze(value: Any) -> Any:
-    """A hashable form of a call's arguments. Raises TypeError for objects whose state it cannot see."""
-    if isinstance(value, Hole):
-        return ("hole", value.index)
-    if isinstance(value, (tuple, list)):
-        return tuple(freeze(item) for item in value)
-    if isinstance(value, dict):
-        return tuple((key, freeze(item)) for key, item in sorted(value.items()))
-    if isinstance(value, torch.Generator):
-        return "generator"
-    if isinstance(value, _SIMPLE):
-        return (type(value).__name__, value)
-    raise TypeError(f"{type(value).__name__} is not a plain value")
+_by_values: set[Any] = set()  # calls that only real values can replay: boolean indices, sparse gradients
 
 
 def likeness(call: Call) -> Any:
@@ -72,9 +45,8 @@ def _likeness(call: Call, numbers: dict[int, int]) -> Any:
     if call.kind == "torch" and not call.opaque:
         return tuple(_likeness(child, numbers) for child in call.children)
     if call.kind == "function" and call.captured:
-        raise TypeError("it reaches into its module")
-    known = tuple((index, values.cpu().numpy().tobytes()) for index, values in call.known.items())
-    result = (*head, freeze(call.args), freeze(call.kwargs), known)
+        raise TypeError("it reaches into a module")
+    result = (*head, freeze(call.args), freeze(call.kwargs))
     hash(result)
     for slot in call.outputs:
         numbers.setdefault(slot.value, len(numbers))
@@ -95,9 +67,24 @@ class ProbeStore:
         if call not in self._likeness:
             self._likeness[call] = likeness(call)
         like = self._likeness[call]
-        memory, key = (self._own, (call, question)) if like is None else (_shared, (like, question))
+        memory: dict[Any, Probe]
+        key: Any
+        if like is None:
+            memory, key = self._own, (call, question)
+        elif like in _by_values:
+            memory, key = _shared, (like, question, _values(call))
+        else:
+            memory, key = _shared, (like, question)
         found = memory.get(key)
         if found is None:
             self.num_asked += 1
-            found = memory[key] = probe(self.stage, unit, question)
+            found = probe(self.stage, unit, question)
+            if found.by_values and like is not None:
+                _by_values.add(like)
+                key = (like, question, _values(call))
+            memory[key] = found
         return found
+
+
+def _values(call: Call) -> tuple[tuple[int, bytes], ...]:
+    return tuple((index, values.cpu().numpy().tobytes()) for index, values in call.known.items())

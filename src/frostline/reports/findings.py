@@ -181,11 +181,11 @@ def _uncounted(costs: Sequence[Cost]) -> Iterator[Finding]:
         first = next((module for module in found if module), "the model itself")
         places.setdefault(f"{first}{f' and {len(found) - 1} more' if len(found) > 1 else ''}", []).append(op)
     for place, ops in places.items():
-        many = len(ops) > 1
+        has, its, it = ("have", "their", "them") if len(ops) > 1 else ("has", "its", "it")
         yield Finding(
             "uncounted",
-            f"uncounted: {', '.join(ops)} (in {place}) {'have' if many else 'has'} no FLOP formula, so "
-            f"{'their' if many else 'its'} FLOPs are in no total; fl.register_flops gives {'them' if many else 'it'} one.",
+            f"uncounted: {', '.join(ops)} (in {place}) {has} no FLOP formula, so {its} FLOPs are in no total; "
+            f"fl.register_flops gives {it} one.",
         )
 
 

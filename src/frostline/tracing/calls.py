@@ -45,6 +45,8 @@ class TensorMeta:
 
 def describe(tensor: Tensor) -> TensorMeta:
     """The metadata of ``tensor``; works for fake, meta, sparse and subclassed tensors."""
+    if tensor.is_nested:  # rows of different lengths: one long row, of a layout that no formula takes
+        return TensorMeta((tensor.numel(),), (), tensor.dtype, str(tensor.device), torch.jagged)
     strided = tensor.layout is torch.strided
     return TensorMeta(
         tuple(map(int, tensor.shape)),
@@ -127,12 +129,42 @@ class Call:
         """The tensor arguments that are not inside a list: those a Function's node has a slot for."""
         return [arg for arg in self.args if isinstance(arg, Hole)]
 
+    @property
+    def brings_objects(self) -> bool:
+        """Whether its arguments hold anything but tensors and plain values: a module, a closure."""
+        try:
+            freeze((self.args, self.kwargs))
+        except TypeError:
+            return True
+        return False
+
     def ops(self) -> Iterator[Call]:
         """Every op call that ran inside, in order."""
         if self.kind == "op":
             yield self
         for child in self.children:
             yield from child.ops()
+
+
+_PLAIN = (
+    *(int, float, bool, complex, str, bytes, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+def freeze(value: Any) -> Any:
+    """A hashable form of a call's arguments. Raises TypeError for objects whose state it cannot see."""
+    if isinstance(value, Hole):
+        return ("hole", value.index)
+    if isinstance(value, (tuple, list)):
+        return tuple(freeze(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, freeze(item)) for key, item in sorted(value.items()))
+    if isinstance(value, torch.Generator):
+        return "generator"
+    if isinstance(value, _PLAIN):
+        return (type(value).__name__, value)
+    raise TypeError(f"{type(value).__name__} is not a plain value")
 
 
 def template(value: Any, take: Callable[[Tensor], int]) -> Any:
@@ -175,6 +207,36 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
+
+
+@functools.cache
+def _aliased_arguments(op: Any) -> tuple[int | None, ...]:
+    """Per result of an op: the argument it is a view of, or is, by its schema."""
+    found: list[int | None] = []
+    for returned in op._schema.returns:
+        alias = returned.alias_info
+        found.append(
+            next(
+                (
+                    position
+                    for position, argument in enumerate(op._schema.arguments)
+                    if alias is not None
+                    and argument.alias_info is not None
+                    and argument.alias_info.before_set & alias.before_set
+                ),
+                None,
+            )
+        )
+    return tuple(found)
+
+
+def aliases(op: Any, result: Any) -> Iterator[tuple[int, Any]]:
+    """The parts of ``result`` that share an argument's storage, each with that argument's position."""
+    positions = _aliased_arguments(op)
+    parts = (result,) if len(positions) == 1 else result
+    for position, part in zip(positions, parts or (), strict=False):
+        if position is not None:
+            yield position, part
 
 
 @functools.cache

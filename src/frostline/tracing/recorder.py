@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.tracing.calls import Call, Edge, Side, Slot, TensorMeta, describe, is_view, template, tensors_in
+from frostline.tracing.calls import Call, Edge, Side, Slot, TensorMeta, aliases, describe, template, tensors_in
 from frostline.tracing.interception import is_reentrant_checkpoint, observed_by
 
 _set_requires_grad = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
@@ -102,7 +102,7 @@ class Recorder:
         return number
 
     def alias(self, result: Any, number: int) -> None:
-        """Give what an op returned of its first argument that argument's storage number.
+        """Give what an op returned of one of its arguments that argument's storage number.
 
         The fake mode's stand-in for a real tensor has a storage of its own.
         """
@@ -276,13 +276,13 @@ class _DispatchMode(TorchDispatchMode):
         recorder = self.recorder
         call = recorder.begin("op", op, args, kwargs)
         given = call.inputs
-        if _values_decide(op, args):
-            call.known = _small_integers(args, kwargs)
+        call.known = _integers(op, args, kwargs)
         result = self._run_for_real(op, args, kwargs, given) if self.fake else NotImplemented
         if result is NotImplemented:
             result = op(*args, **kwargs)
-        if given and (is_view(op) or op._schema.is_mutable):
-            recorder.alias(result, given[0].storage)
+        for position, part in aliases(op, result):
+            if position < len(args) and isinstance(args[position], Tensor):
+                recorder.alias(part, recorder.storage_of(args[position], Side.DATA))
         if torch.Tag.nondeterministic_seeded in op.tags:
             side = Side.DATA
         else:
@@ -318,25 +318,18 @@ class _DispatchMode(TorchDispatchMode):
             return op(*args, **kwargs)
 
 
-_VALUES_DECIDE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-_READS_VALUES = {"aten::_pack_padded_sequence", "aten::_pad_packed_sequence"}  # lengths; torch does not tag them
+_FEW = 1 << 16
 
 
-def _values_decide(op: Any, args: Any) -> bool:
-    """Whether the values of integer inputs decide the shape of the result, or of a sparse gradient."""
-    name = op._schema.name
-    sparse_embedding = name == "aten::embedding" and len(args) > 4 and bool(args[4])
-    return sparse_embedding or name in _READS_VALUES or not _VALUES_DECIDE.isdisjoint(op.tags)
-
-
-def _small_integers(args: Any, kwargs: Any) -> dict[int, Tensor]:
-    """The values of an op's integer and boolean inputs, by input number, where they decide what it returns."""
+def _integers(op: Any, args: Any, kwargs: Any) -> dict[int, Tensor]:
+    """The values of an op's integer and boolean inputs, by input number: they may decide what it returns."""
+    limit = _FEW if torch.Tag.dynamic_output_shape not in op.tags else _SMALL_NUMEL
     with unset_fake_temporarily():
         return {
             index: tensor.detach().clone()
             for index, tensor in enumerate(tensors_in((args, kwargs)))
             if not isinstance(tensor, FakeTensor)
-            and tensor.numel() <= _SMALL_NUMEL
+            and tensor.numel() <= limit
             and not (tensor.is_floating_point() or tensor.is_complex())
         }
 

@@ -398,5 +398,5 @@ class Engine:
         if asked not in self._retraced:
             if len(self._retraced) >= 64:
                 self._retraced.pop(next(iter(self._retraced)))
-            self._retraced[asked] = self._ledger(Graph(self.trace.rehearsal.tape(numbers)))
+            self._retraced[asked] = self._ledger(Graph(self.trace.record(numbers)[0]))
         return self._retraced[asked]

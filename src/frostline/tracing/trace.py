@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +118,6 @@ def _labels(rehearsal: Rehearsal) -> dict[str, Tensor]:
         seen.append(model(*args, **kwargs))
         return torch.zeros(())
 
-    from dataclasses import replace
-
     try:
         replace(rehearsal, run=look).tape(frozenset())
     except Exception:
@@ -161,34 +159,45 @@ class Trace:
         self.graph = Graph(self.tape_on)
 
     def _first_tape(self, everything: frozenset[int]) -> Tape:
+        tape, note = self.record(everything)
+        if note:
+            self.notes.append(note)
+            self.rehearsal.real = True
+        return tape
+
+    def record(self, trainable: frozenset[int]) -> tuple[Tape, str]:
+        """Record the step with these parameters trainable: fake, or by one real forward where fake cannot go.
+
+        Returns the tape, and why it took a real forward ('' if it did not).
+        """
         rehearsal = self.rehearsal
         try:
-            return rehearsal.tape(everything)
+            return rehearsal.tape(trainable), ""
         except FrostlineError:
             raise
         except Exception as error:
-            weightless = [name for name, p in rehearsal.parameters.items() if p.device.type == "meta"]
-            data_decides = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
-            if weightless:
-                if data_decides:
-                    where = " ".join(getattr(error, "__notes__", [])[-1:])
-                    raise TraceError(
-                        f"values decide what this model runs ({error.args[0] if error.args else ''}; {where}), and it has no "
-                        f"weights to compute them with ({weightless[0]!r} is on meta): load the weights and trace that"
-                    ) from error
+            if rehearsal.real:
                 raise
-            rehearsal.real = True
-            tape = rehearsal.tape(everything)
-            why = "values decide what runs" if data_decides else "a fake kernel failed"
+            data_decides = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
+            weightless = [name for name, p in rehearsal.parameters.items() if p.device.type == "meta"]
+            if weightless and data_decides:
+                where = " ".join(getattr(error, "__notes__", [])[-1:])
+                raise TraceError(
+                    f"values decide what this model runs ({error.args[0] if error.args else ''}; {where}), and it has "
+                    f"no weights to compute them with ({weightless[0]!r} is on meta): load the weights and trace that"
+                ) from error
+            if weightless:
+                raise
+            tape = replace(rehearsal, real=True).tape(trainable)
+            why = "values decide what runs" if data_decides else "fake tensors cannot go through it"
             if isinstance(error, UnsupportedOperatorException):
                 why = "an op has no fake kernel"
-            self.notes.append(f"traced by one real forward: {why} ({type(error).__name__})")
-            return tape
+            return tape, f"traced by one real forward: {why} ({type(error).__name__})"
 
     def _compare_with_frozen(self) -> str:
         """Record the step again with nothing trainable; mark what differs. Returns why it cannot be aligned, or ''."""
         try:
-            tape_off = self.rehearsal.tape(frozenset())
+            tape_off, _ = self.record(frozenset())
         except Exception as error:  # a step that needs gradients to run, such as a gradient penalty
             return f"the step does not run with everything frozen ({type(error).__name__})"
         return align(self.tape_on.calls, tape_off.calls)

@@ -95,7 +95,7 @@ class Ledger:
         index_of: dict[int, int] = {}
         groups: dict[tuple[int, ...], Group] = {}
         for unit in self.units:
-            varies = unit.call.kind == "torch"
+            varies = unit.call.varies
             if not varies:
                 self.base.add(self._forward(unit))
             if not unit.held and not varies:
@@ -139,7 +139,7 @@ class Ledger:
 
     def _ask(self, unit: Unit, mask: frozenset[int], needed: frozenset[int] | None) -> Entry:
         entry = Entry()
-        varies = unit.call.kind == "torch"
+        varies = unit.call.varies
         if not mask and not varies:
             return entry
         found = self.store.get(unit, Question(mask, needed, unit.receives))
@@ -287,7 +287,7 @@ class Ledger:
         live, wanted = self.flags(forward_flags, backward_flags)
         for unit in self.units:
             entry = Entry()
-            varies = unit.call.kind == "torch"
+            varies = unit.call.varies
             if not varies:
                 entry.add(self._forward(unit))
             if varies or unit.held:

@@ -132,7 +132,7 @@ def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Prob
         input_keys = [storage_key(t) for t in tensors]
         recording.follow(tensors, [slot.side for slot in unit.inputs])
         with _lent(stage, unit, tensors), recording:
-            recording.listening = call.kind == "torch"
+            recording.listening = call.varies
             result = perform(call, tensors, recording)
             recording.listening = False
             if call.kind == "function":

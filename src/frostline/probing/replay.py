@@ -95,6 +95,10 @@ def perform(call: Call, tensors: Sequence[Tensor], recording: Recording | None =
     """Run ``call`` with ``tensors`` in place of its inputs (and captured tensors), under the present grad mode."""
     if call.kind == "op":
         return call.target(*fill(call.args, tensors), **fill(call.kwargs, tensors))
+    if call.kind == "sequence":
+        values = {slot.value: tensor for slot, tensor in zip(call.captured, tensors, strict=True)}
+        interpret(call.children, values, recording)
+        return tuple(values[slot.value] for slot in call.outputs)
     with autocast(call.autocast):
         if call.kind == "torch":
             return call.target(*fill(call.args, tensors), **fill(call.kwargs, tensors))

@@ -29,6 +29,9 @@ def _likeness(call: Call, numbers: dict[int, int]) -> Any:
         for slot in (*call.inputs, *call.captured)
     )
     head = (call.kind, call.target, inputs, call.autocast, call.grad_enabled)
+    if call.kind == "sequence":
+        children = tuple(_likeness(child, numbers) for child in call.children)
+        return (*head, children, tuple(numbers.get(slot.value, -1) for slot in call.outputs))
     if call.kind == "checkpoint":
         inside = call.recompute[0] if call.recompute else call
         for slot, argument in zip(call.inputs, inside.inputs, strict=False):

@@ -83,7 +83,7 @@ class Hole:
     index: int
 
 
-Kind = Literal["op", "torch", "function", "checkpoint"]
+Kind = Literal["op", "torch", "function", "checkpoint", "sequence"]
 
 
 @dataclass(slots=True, eq=False)
@@ -91,8 +91,8 @@ class Call:
     """One recorded call.
 
     ``op``: an ATen (or custom) overload as it arrives below autograd. ``torch``: the torch function around ops.
-    ``function``: ``autograd.Function.apply``. ``checkpoint``: a checkpointed region. All but ops have ``children``:
-    the calls that ran inside.
+    ``function``: ``autograd.Function.apply``. ``checkpoint``: a checkpointed region. ``sequence``: a run of calls that
+    only together can be probed (see `alignment`). All but ops have ``children``: the calls that ran inside.
     """
 
     kind: Kind
@@ -122,6 +122,8 @@ class Call:
             return str(target)
         if self.kind == "checkpoint":
             return "checkpoint"
+        if self.kind == "sequence":
+            return " + ".join(child.name for child in self.children)
         return getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)
 
     @property
@@ -137,6 +139,16 @@ class Call:
         except TypeError:
             return True
         return False
+
+    @property
+    def is_region(self) -> bool:
+        """Whether it returns nothing itself: its outputs are what it makes and others use."""
+        return self.kind == "sequence" or (self.kind == "checkpoint" and not self.recompute)
+
+    @property
+    def varies(self) -> bool:
+        """Whether the ops of its forward depend on the mask."""
+        return self.kind in ("torch", "sequence")
 
     def ops(self) -> Iterator[Call]:
         """Every op call that ran inside, in order."""

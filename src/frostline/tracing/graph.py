@@ -259,8 +259,7 @@ class Graph:
                 if call.kind != "torch":
                     for slot in call.inputs:
                         use(slot, around)
-                is_region = call.kind == "checkpoint" and not call.recompute and not call.outputs
-                visit(call.children, (*around, call) if is_region else around)
+                visit(call.children, (*around, call) if call.is_region else around)
                 visit(call.recompute[0].children if call.recompute else (), around)
 
         visit(self.tape.calls, ())

@@ -375,7 +375,7 @@ class _FunctionMode(TorchFunctionMode):
         call.autocast = autocast_state()
         with recorder.inside(call):
             result = func(*args, **kwargs)
-        if call.children:
+        if call.children or isinstance(result, Tensor):  # (contiguous() may have had nothing to do, this time)
             side = max((s.side for op in call.ops() for s in op.outputs), default=Side.DATA)
             recorder.end(call, result, side)
             recorder.current.children.append(call)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 
 from frostline.errors import FrostlineError, TraceError
-from frostline.tracing.calls import Call, is_view
+from frostline.tracing.alignment import align
 from frostline.tracing.graph import Graph, Tape
 from frostline.tracing.rehearsal import Rehearsal
 from frostline.tracing.step import default_loss, made_up_labels, split_inputs, sum_loss, wants_labels
@@ -286,36 +286,3 @@ class Trace:
         from frostline.costing.marginal import marginal
 
         return marginal(self, train, method, optimizer)
-
-
-def align(on: list[Call], off: list[Call]) -> str:
-    """Compare the two tapes. Torch calls whose ops differ become opaque; anything else that differs is returned."""
-    ours, theirs = list(_significant(on)), list(_significant(off))
-    for a, b in zip(ours, theirs, strict=False):
-        if _identity(a) != _identity(b):
-            return f"what runs depends on requires_grad, in module {a.module or '(the model)'!r} ({a.name} or {b.name})"
-        if a.kind == "torch" and _op_sequence(a) != _op_sequence(b):
-            a.opaque = True
-        elif a.kind == "checkpoint" and not a.recompute:
-            inside = align(a.children, b.children)
-            if inside:
-                return inside
-    if len(ours) != len(theirs):
-        extra = (ours + theirs)[min(len(ours), len(theirs))]
-        return f"what runs depends on requires_grad, in module {extra.module or '(the model)'!r} ({extra.name})"
-    return ""
-
-
-def _significant(calls: list[Call]) -> Iterator[Call]:
-    """Calls without views: autograd makes some of its own (``detach`` when it saves an output; a view's new node)."""
-    for call in calls:
-        if not (call.kind == "op" and is_view(call.target)):
-            yield call
-
-
-def _identity(call: Call) -> Any:
-    return (call.kind, call.name, call.module, tuple(slot.meta for slot in call.inputs))
-
-
-def _op_sequence(call: Call) -> list[Any]:
-    return [(op.target, tuple(slot.meta for slot in op.inputs)) for op in call.ops() if not is_view(op.target)]

@@ -353,7 +353,7 @@ def _backward_flops(op: RanOp) -> tuple[int, ...] | None:
 
 
 def _flops(op: Any, args: Any, kwargs: Any, outputs: Any) -> tuple[int, ...] | None:
-    """FLOPs per output; None where there is no formula, or rows of different lengths (nested tensors) hide the shapes."""
+    """FLOPs per output; None where there is no formula, or where nested tensors (rows of any length) hide the shapes."""
     nested = any(meta.layout is torch.jagged for meta in _metas((args, kwargs)))
     return flops(op, args, kwargs, outputs) if not nested else None
 

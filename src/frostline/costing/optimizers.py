@@ -33,8 +33,8 @@ class OptimizerModel:
     """Bytes of state that one optimizer keeps for a parameter, once it has stepped.
 
     Args:
-        optimizer: a name in ``torch.optim`` (any case), an Optimizer class, a callable ``(params) -> Optimizer`` such as
-            a partial, or an Optimizer whose class and settings are taken.
+        optimizer: a name in ``torch.optim`` (any case), an Optimizer class, a callable ``(params) -> Optimizer`` such
+            as a partial, or an Optimizer whose class and settings are taken.
 
     Raises:
         OptimizerError: the name is unknown, or the optimizer cannot be asked on tensors without values (LBFGS).

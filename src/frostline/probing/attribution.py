@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.tracing.calls import Side, TensorMeta, describe, tensors_in
+from frostline.tracing.calls import Side, TensorMeta, describe, tensors_in, written
 
 Mark = tuple[int, int]  # (number of a recorded op, which of its outputs)
 
@@ -114,15 +114,15 @@ class Recording(TorchDispatchMode):
         for tensor in given:
             if tensor.grad_fn is not None:
                 self._edge_sides[(tensor.grad_fn._sequence_nr(), tensor.output_nr)] = self.side_of(tensor)
-        if op._schema.is_mutable:
-            self.follow(given, [side] * len(given))
+        changed = list(written(op, args, kwargs))
+        self.follow(changed, [side] * len(changed))
         if self.listening:
-            self._record(op, args, kwargs, result, given, made)
+            self._record(op, args, kwargs, result, given, changed)
         return result
 
     # -- backward: what each op is for ---------------------------------------------------------------------------------
 
-    def _record(self, op: Any, args: Any, kwargs: Any, result: Any, given: list[Tensor], made: list[Tensor]) -> None:
+    def _record(self, op: Any, args: Any, kwargs: Any, result: Any, given: list[Tensor], changed: list[Tensor]) -> None:
         node = torch._C._current_autograd_node()
         flat = list(result) if isinstance(result, (tuple, list)) else [result]
         outputs = tuple(describe(o) if isinstance(o, Tensor) else None for o in flat)
@@ -142,11 +142,8 @@ class Recording(TorchDispatchMode):
         for position, tensor in enumerate(flat):
             if isinstance(tensor, Tensor):
                 self._mark(tensor, through | {(number, position)})
-        if op._schema.is_mutable:
-            returned = {storage_key(m) for m in made}
-            for tensor in given:
-                if storage_key(tensor) not in returned:
-                    self._mark(tensor, through | {(number, 0)})
+        for tensor in changed:
+            self._mark(tensor, through | {(number, 0)})
 
     def _marks_of(self, tensor: Tensor) -> frozenset[Mark]:
         key = storage_key(tensor)

@@ -15,10 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frostline.probing.attribution import RanOp, Recording, storage_key
-from frostline.probing.replay import Receiver, Stage, autocast, perform, seed, stand_in
+from frostline.probing.replay import Receiver, Stage, perform, seed, stand_in
 from frostline.probing.shrinking import shrunk
 from frostline.tracing.calls import Call, Side, TensorMeta, describe, tensors_in
 from frostline.tracing.graph import Unit
+from frostline.tracing.recorder import autocast
 
 _REAL_LIMIT = 96 << 20  # bytes of tensors a probe may hold to be run for real
 _REAL_LIMIT_IN_DOUBT = 1 << 30  # ... where a fake kernel was seen to be wrong at a smaller size

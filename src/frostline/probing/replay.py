@@ -8,8 +8,8 @@ interpreter of the recorded ops, so recomputation and early stop are torch's, no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,14 +19,15 @@ from torch.utils.checkpoint import checkpoint
 
 from frostline.probing.attribution import Recording
 from frostline.tracing.calls import Call, TensorMeta, fill, tensors_in
+from frostline.tracing.recorder import autocast
 
 _STRIDED = torch.strided
 
 
 def stand_in(meta: TensorMeta, *, real: bool = False) -> Tensor:
-    """A tensor with the metadata of one in the trace, its values unset (zeros for integers, ones for the rest, if real).
+    """A tensor with the metadata of one in the trace.
 
-    Call it under the fake mode for a tensor without memory.
+    Call it under the fake mode for a tensor without memory. Real ones hold zeros (integers) or ones (the rest).
     """
     if meta.layout is not _STRIDED:
         return torch.empty(meta.shape, dtype=meta.dtype, layout=meta.layout, device=meta.device)
@@ -38,7 +39,7 @@ def stand_in(meta: TensorMeta, *, real: bool = False) -> Tensor:
 
 
 class _Seed(torch.autograd.Function):
-    """Makes a tensor need a gradient without copying it, viewing it, or making it a leaf (in-place ops refuse those)."""
+    """Makes a tensor need a gradient without a copy, a view, or a leaf (which in-place ops refuse)."""
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, tensor: Tensor) -> Tensor:
@@ -76,19 +77,6 @@ def seed(tensor: Tensor, sink: Callable[[Tensor], None]) -> tuple[Tensor, Tensor
     receiver = Receiver(sink)
     _received[id(seeded.grad_fn)] = receiver
     return seeded, token, receiver
-
-
-@contextmanager
-def autocast(state: tuple[Any, ...]) -> Iterator[None]:
-    """The autocast state a torch call was recorded under (ops below autograd were cast already: none)."""
-    with ExitStack() as stack:
-        if not state:
-            stack.enter_context(torch.autocast("cpu", enabled=False))
-        else:
-            *devices, cache = state
-            for device, enabled, dtype in devices:
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
-        yield
 
 
 def perform(call: Call, tensors: Sequence[Tensor], recording: Recording | None = None) -> Any:

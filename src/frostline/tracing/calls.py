@@ -252,6 +252,21 @@ def aliases(op: Any, result: Any) -> Iterator[tuple[int, Any]]:
 
 
 @functools.cache
+def _written_arguments(op: Any) -> tuple[tuple[int, str], ...]:
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def written(op: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that an op writes to, by its schema."""
+    for position, name in _written_arguments(op):
+        yield from tensors_in(args[position] if position < len(args) else kwargs.get(name))
+
+
+@functools.cache
 def is_view(op: Any) -> bool:
     """Whether an op only returns views of its arguments, by its schema."""
     returns = op._schema.returns

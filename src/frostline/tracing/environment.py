@@ -90,23 +90,27 @@ def swapped(model: nn.Module, parameter: Replace, buffer: Replace, attribute: Re
     The callables must give one replacement for one tensor, so that tied weights stay tied and a module that keeps a
     second list of its weights (``nn.LSTM``) follows.
     """
+    taken: list[tuple[Any, str, Tensor]] = []  # a scripted module keeps its tensors in C++: give them back one by one
     with preserved(model):
-        for module in model.modules():
-            for name, value in list(module._parameters.items()):
-                if value is not None:
-                    module._parameters[name] = parameter(value)  # type: ignore[assignment]
-            for name, held in list(module._buffers.items()):
-                if held is not None:
-                    module._buffers[name] = buffer(held)
-            for name, value in list(module.__dict__.items()):
-                if name not in ("_parameters", "_buffers", "_modules"):
-                    replaced = _replace_tensors(value, parameter, buffer, attribute)
-                    if replaced is not value:
-                        module.__dict__[name] = replaced
-        yield
+        try:
+            for module in model.modules():
+                for tensors, replace in ((module._parameters, parameter), (module._buffers, buffer)):
+                    for name, value in list(tensors.items()):
+                        if value is not None:
+                            tensors[name] = replace(value)  # type: ignore[assignment]
+                            taken.append((tensors, name, value))
+                for name, value in list(module.__dict__.items()):
+                    if name not in ("_parameters", "_buffers", "_modules"):
+                        replaced = _replace_tensors(value, parameter, attribute)
+                        if replaced is not value:
+                            module.__dict__[name] = replaced
+            yield
+        finally:
+            for tensors, name, value in reversed(taken):
+                tensors[name] = value
 
 
-def _replace_tensors(value: Any, parameter: Replace, buffer: Replace, attribute: Replace) -> Any:
+def _replace_tensors(value: Any, parameter: Replace, attribute: Replace) -> Any:
     """Tensors held as plain attributes, also inside one list, tuple or dict (``nn.LSTM``'s ``_flat_weights``)."""
 
     def replace(tensor: Tensor) -> Tensor:

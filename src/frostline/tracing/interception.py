@@ -100,7 +100,8 @@ def _observed_checkpoint(
     if observer is None:
         yield from own
         return
-    options = {"context_fn": context_fn, "early_stop": early_stop, "preserve_rng_state": preserve_rng_state}
+    chosen = torch_checkpoint._enable_checkpoint_early_stop  # set_checkpoint_early_stop() overrules the argument
+    options = {"context_fn": context_fn, "early_stop": early_stop if chosen is None else chosen}
     with observer.checkpoint_region(fn, options, args, kwargs):
         yield from own
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.tracing.calls import Call, Edge, Side, Slot, TensorMeta, aliases, describe, template, tensors_in
+from frostline.tracing.calls import Call, Edge, Side, Slot, TensorMeta, aliases, describe, template, tensors_in, written
 from frostline.tracing.interception import is_reentrant_checkpoint, observed_by
 
 _set_requires_grad = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
@@ -38,6 +38,19 @@ def autocast_state() -> tuple[Any, ...]:
         *((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
         torch.is_autocast_cache_enabled(),
     )
+
+
+@contextmanager
+def autocast(state: tuple[Any, ...]) -> Iterator[None]:
+    """The autocast state that `autocast_state` returned; () is none."""
+    with ExitStack() as stack:
+        if not state:
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+        else:
+            *devices, cache = state
+            for device, enabled, dtype in devices:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        yield
 
 
 class Recorder:
@@ -60,6 +73,7 @@ class Recorder:
         self.storage_bytes: list[int] = []
         self.storage_refs: list[StorageWeakRef] = []
         self.sides: list[Side] = []
+        self._pending: list[tuple[Call, tuple[Any, ...]]] = []
         self.function_nodes: dict[int, Call] = {}  # node index -> the call that made it
         self.always_edges: set[Edge] = set()  # `requires_grad_()` was called on their tensors
         self.num_values = 0
@@ -196,9 +210,9 @@ class Recorder:
     def on_apply(self, cls: type, args: tuple[Any, ...], run: Callable[..., Any]) -> Any:
         reentrant = is_reentrant_checkpoint(cls)
         call = self.begin("checkpoint" if reentrant else "function", cls, args, {})
+        call.autocast = autocast_state()
         if reentrant:
             call.captured = [self.slot(t) for t in tensors_in(_closed_over(args[0]))]
-        call.autocast = autocast_state()
         with self.inside(call):
             result = run(*args)
         side = max((s.side for s in call.inputs), default=Side.CONSTANT)
@@ -208,20 +222,30 @@ class Recorder:
             if tensor.grad_fn is not None:
                 self.function_nodes[self._node(tensor.grad_fn)] = call
         if reentrant and torch.is_grad_enabled() and any(slot.edge for slot in call.inputs):
-            self._record_recompute(call, args)
+            self._pending.append((call, args))
         self.current.children.append(call)
         return result
+
+    def finish(self) -> None:
+        """Record what backward would run again, once the step is over and autocast's cache is empty as it is then."""
+        while self._pending:
+            call, args = self._pending.pop()
+            with autocast(call.autocast):
+                self._record_recompute(call, args)
 
     def _record_recompute(self, call: Call, args: tuple[Any, ...]) -> None:
         """What the backward of a reentrant checkpoint runs again: its function with grad on, on detached inputs."""
         function, _, *given = args
-        detached = tuple(a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in given)
         again = Call("checkpoint", call.target, (), {}, [], call.module, True)
+        self.module_stack.append(call.module)
+        with self.inside(Call("torch", None, (), {}, [], "", True)):  # (the detaching itself is not part of it)
+            detached = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in given]
         again.inputs = [self.slot(a) for a in detached if isinstance(a, Tensor)]
         with self.inside(again), torch.enable_grad():
             result = function(*detached)
         self.end(again, result, Side.DATA)
         call.recompute = [again]
+        self.module_stack.pop()
 
     @contextmanager
     def checkpoint_region(
@@ -287,9 +311,9 @@ class _DispatchMode(TorchDispatchMode):
             side = Side.DATA
         else:
             side = max((slot.side for slot in given), default=Side.CONSTANT)
-        if op._schema.is_mutable:  # data written into a constant makes it data, for every view of it
-            for slot in given:
-                recorder.sides[slot.storage] = max(recorder.sides[slot.storage], side)
+        for tensor in written(op, args, kwargs):  # data written into a constant makes it data, for every view of it
+            storage = recorder.storage_of(tensor, side)
+            recorder.sides[storage] = max(recorder.sides[storage], side)
         recorder.end(call, result, side)
         for slot in call.outputs:
             recorder.own.add(slot.storage)
@@ -309,8 +333,9 @@ class _DispatchMode(TorchDispatchMode):
             and not any(isinstance(t, FakeTensor) for t in tensors_in((args, kwargs)))
             and not any(slot.storage in recorder.unknown or slot.meta.numel > _SMALL_NUMEL for slot in given)
         )
-        if op._schema.is_mutable and not (known and all(slot.storage in recorder.own for slot in given)):
-            recorder.unknown.update(slot.storage for slot in given)
+        changed = [recorder.storage_of(tensor, Side.DATA) for tensor in written(op, args, kwargs)]
+        if changed and not (known and recorder.own.issuperset(changed)):
+            recorder.unknown.update(changed)
             return NotImplemented
         if not known:
             return NotImplemented

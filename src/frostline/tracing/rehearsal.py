@@ -71,6 +71,7 @@ class Rehearsal:
         stack.enter_context(recording(recorder, fake=not self.real))
         try:
             loss = self.run(self.model, args, kwargs)
+            recorder.finish()
         except Exception as error:
             where = recorder.failed[1] if recorder.failed is not None and recorder.failed[0] is error else ""
             modules = dict(self.model.named_modules())

@@ -186,7 +186,7 @@ def _assemble(
     sparse = _sparse_gradients(sums)
     dense = trace.gradient_bytes
     optimizer_bytes: int | None = 0
-    basis = _basis(trace, sums)
+    basis = _basis(trace, ledger, sums)
     try:
         known = trace.optimizer_tables.setdefault(keeps, {})
         for n in trained:
@@ -227,7 +227,7 @@ def _sparse_gradients(sums: Entry) -> dict[int, int]:
     return found
 
 
-def _basis(trace: Trace, sums: Entry) -> dict[str, str]:
+def _basis(trace: Trace, ledger: Ledger, sums: Entry) -> dict[str, str]:
     how = "exact"
     if trace.assumptions:
         how = f"assumed: {'; '.join(trace.assumptions)}"
@@ -235,6 +235,10 @@ def _basis(trace: Trace, sums: Entry) -> dict[str, str]:
     basis["parameter_bytes"] = "exact"
     basis["moved_bytes"] = "predicted"
     basis["peak_bytes"] = basis["step_seconds"] = "not predicted yet"
+    if ledger.graph.unmatched:
+        seen = ", ".join(sorted(set(ledger.graph.unmatched)))
+        for figure in ("grad_input_flops", "grad_weight_flops", "backward_flops", "step_flops", "saved_bytes"):
+            basis[figure] = f"incomplete: autograd nodes that no recorded op explains ({seen})"
     if sums.unconfirmed and how == "exact":
         basis["saved_bytes"] = f"predicted: the fake kernels' word for {', '.join(sorted(sums.unconfirmed))}"
     return basis

@@ -18,6 +18,7 @@ from frostline.costing.formulas import flops
 from frostline.probing.attribution import RanOp
 from frostline.probing.probe import Probe, Question
 from frostline.probing.replay import Stage
+from frostline.probing.sizes import true_sizes
 from frostline.probing.store import ProbeStore
 from frostline.tracing.calls import Call, Side, TensorMeta, fill, freeze, is_view
 from frostline.tracing.graph import Graph, Unit
@@ -86,6 +87,10 @@ class Ledger:
         self.units = graph.units
         self.base = Entry()
         self._fold()
+        if not graph.tape.real:
+            ops = (op for unit in self.units for op in unit.ops)
+            for storage, nbytes in true_sizes(ops, store.stage.fake_mode).items():
+                self._set_bytes(storage, nbytes)
 
     def _defined(self, unit: Unit, receives: frozenset[int]) -> frozenset[int]:
         mask = frozenset(i for i, bits in enumerate(unit.behind) if bits)
@@ -353,7 +358,7 @@ def _backward_flops(op: RanOp) -> tuple[int, ...] | None:
 
 
 def _flops(op: Any, args: Any, kwargs: Any, outputs: Any) -> tuple[int, ...] | None:
-    """FLOPs per output; None where there is no formula, or where nested tensors (rows of any length) hide the shapes."""
+    """FLOPs per output; None where there is no formula, or where nested tensors hide the shapes."""
     nested = any(meta.layout is torch.jagged for meta in _metas((args, kwargs)))
     return flops(op, args, kwargs, outputs) if not nested else None
 

@@ -5,34 +5,39 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from frostline.tracing.calls import Slot, TensorMeta
+from frostline.tracing.calls import Call, Slot, TensorMeta
 from frostline.tracing.graph import Unit
 
 _KEEP = 64  # sizes up to this stay as they are
 
 
 def shrunk(unit: Unit) -> Unit | None:
-    """``unit`` with every large size, wherever it occurs, replaced by a small one; None if it is not a plain op.
+    """``unit`` on smaller tensors (see `shrunk_call`); None if it is not a plain op."""
+    if unit.call.kind != "op":
+        return None
+    call = shrunk_call(unit.call)
+    return replace(unit, call=call, inputs=call.inputs, outputs=call.outputs)
+
+
+def shrunk_call(call: Call) -> Call:
+    """An op call with every large size, wherever it occurs, replaced by a small one.
 
     Equal sizes stay equal and different ones different, so that shapes that belong together still fit.
     """
-    call = unit.call
-    if call.kind != "op":
-        return None
-    large = sorted({size for slot in (*unit.inputs, *call.outputs) for size in slot.meta.shape if size > _KEEP})
+    large = sorted({size for slot in (*call.inputs, *call.outputs) for size in slot.meta.shape if size > _KEEP})
     small = {size: _KEEP + 16 * (rank + 1) for rank, size in enumerate(large)}
 
     def shrink(slot: Slot) -> Slot:
         return replace(slot, meta=_smaller(slot.meta, small))
 
-    smaller_call = replace(
+    return replace(
         call,
         args=_renamed(call.args, small),
         kwargs=_renamed(call.kwargs, small),
         inputs=[shrink(slot) for slot in call.inputs],
         outputs=[shrink(slot) for slot in call.outputs],
+        known={},
     )
-    return replace(unit, call=smaller_call, inputs=smaller_call.inputs, outputs=smaller_call.outputs)
 
 
 def _smaller(meta: TensorMeta, small: dict[int, int]) -> TensorMeta:

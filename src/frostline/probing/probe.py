@@ -190,7 +190,7 @@ class _Inputs:
         for index, slot in enumerate(unit.inputs):
             tensor = by_value.get(slot.value)
             if tensor is None:
-                known = unit.call.known.get(index) if real else None
+                known = slot.known if real else None
                 tensor = stand_in(slot.meta, real=real) if known is None else known.clone()
                 if index in mask:
                     tensor = self._needing_grad(tensor, index, got, leaf=slot.is_leaf and unit.call.kind != "op")

@@ -131,7 +131,8 @@ def interpret(calls: Sequence[Call], values: dict[int, Any], recording: Recordin
         if call.kind == "torch" and not call.opaque:
             interpret(call.children, values, recording)
             continue
-        tensors = [values[slot.value] for slot in (*call.inputs, *call.captured)]
+        slots = (*call.inputs, *call.captured)
+        tensors = [values[s.value] if s.value in values else stand_in(s.meta) for s in slots]  # (torch.tensor(...))
         with torch.set_grad_enabled(call.grad_enabled and torch.is_grad_enabled()):
             result = perform(call, tensors, recording)
         if call.kind == "function" and recording is not None:

@@ -28,7 +28,7 @@ def shrunk_call(call: Call) -> Call:
     small = {size: _KEEP + 16 * (rank + 1) for rank, size in enumerate(large)}
 
     def shrink(slot: Slot) -> Slot:
-        return replace(slot, meta=_smaller(slot.meta, small))
+        return replace(slot, meta=_smaller(slot.meta, small), known=None)
 
     return replace(
         call,
@@ -36,7 +36,6 @@ def shrunk_call(call: Call) -> Call:
         kwargs=_renamed(call.kwargs, small),
         inputs=[shrink(slot) for slot in call.inputs],
         outputs=[shrink(slot) for slot in call.outputs],
-        known={},
     )
 
 

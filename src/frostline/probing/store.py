@@ -75,7 +75,7 @@ class ProbeStore:
         if like is None:
             memory, key = self._own, (call, question)
         elif like in _by_values:
-            memory, key = _shared, (like, question, _values(call))
+            memory, key = _shared, (like, question, _values(unit))
         else:
             memory, key = _shared, (like, question)
         found = memory.get(key)
@@ -84,10 +84,10 @@ class ProbeStore:
             found = probe(self.stage, unit, question)
             if found.by_values and like is not None:
                 _by_values.add(like)
-                key = (like, question, _values(call))
+                key = (like, question, _values(unit))
             memory[key] = found
         return found
 
 
-def _values(call: Call) -> tuple[tuple[int, bytes], ...]:
-    return tuple((index, values.cpu().numpy().tobytes()) for index, values in call.known.items())
+def _values(unit: Unit) -> tuple[bytes | None, ...]:
+    return tuple(None if slot.known is None else slot.known.cpu().numpy().tobytes() for slot in unit.inputs)

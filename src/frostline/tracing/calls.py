@@ -70,6 +70,7 @@ class Slot:
     storage: int  # which storage of the trace
     side: Side = Side.CONSTANT
     edge: Edge | None = None  # None: no gradient flows to it
+    known: Tensor | None = None  # the values of small integer tensors that are not fake: they may decide what runs
 
     @property
     def is_leaf(self) -> bool:
@@ -108,7 +109,6 @@ class Call:
     children: list[Call] = field(default_factory=list)
     recompute: list[Call] = field(default_factory=list)  # reentrant checkpoint: what its backward runs again
     options: dict[str, Any] = field(default_factory=dict)  # a checkpoint's
-    known: dict[int, Any] = field(default_factory=dict)  # values of inputs that decide the shape of the result
     captured: list[Slot] = field(default_factory=list)  # tensors used inside that are not among the inputs
     first_node: int = 0  # autograd's sequence numbers while it ran: [first_node, end_node)
     end_node: int = 0

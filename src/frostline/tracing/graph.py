@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from frostline.tracing.calls import Call, Edge, Slot
@@ -351,13 +352,19 @@ def _find_captured(call: Call) -> None:
     for child in inside:
         if child.kind != "op":
             _find_captured(child)
+            _capture(child.inputs, known, call)
         for op in child.ops():
-            for slot in op.inputs:
-                if slot.value not in known:
-                    known.add(slot.value)
-                    call.captured.append(slot)
+            if op.target is not torch.ops.aten.lift_fresh.default:  # (its argument was made inside)
+                _capture(op.inputs, known, call)
             known.update(slot.value for slot in op.outputs)
         known.update(slot.value for slot in child.outputs)
+
+
+def _capture(slots: Iterable[Slot], known: set[int], call: Call) -> None:
+    for slot in slots:
+        if slot.value not in known:
+            known.add(slot.value)
+            call.captured.append(slot)
 
 
 def _enclosing_torch_call(calls: Iterable[Call], number: int) -> Call | None:

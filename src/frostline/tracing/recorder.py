@@ -24,6 +24,7 @@ from frostline.tracing.calls import Call, Edge, Side, Slot, TensorMeta, aliases,
 from frostline.tracing.interception import is_reentrant_checkpoint, observed_by
 
 _set_requires_grad = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+_FEW = 1 << 16  # elements of integer tensors whose values are kept
 _SMALL_NUMEL = 1 << 24  # ops on known values run for real up to this size
 _MUTED_FUNCTIONS = {Tensor.requires_grad_, _set_requires_grad, Tensor.retain_grad, Tensor.register_hook}
 
@@ -82,6 +83,7 @@ class Recorder:
         self._node_index: dict[int, int] = {}
         self._leaf_index: dict[int, int] = {}
         self._storage_index: dict[int, int] = {}
+        self._known: dict[int, tuple[int, Tensor]] = {}
         self._metas: dict[TensorMeta, TensorMeta] = {}
         self.own: set[int] = set()  # storages made during the trace: may be changed in place for real
         self.unknown: set[int] = set()  # storages of real tensors whose values are not what a real run would hold
@@ -165,7 +167,22 @@ class Recorder:
         meta = describe(tensor)
         meta = self._metas.setdefault(meta, meta)
         storage = self.storage_of(tensor, side)
-        return Slot(meta, self.value_of(tensor), storage, self.sides[storage], self.edge_of(tensor))
+        value = self.value_of(tensor)
+        return Slot(meta, value, storage, self.sides[storage], self.edge_of(tensor), self._values_of(tensor, value))
+
+    def _values_of(self, tensor: Tensor, value: int) -> Tensor | None:
+        if tensor.is_floating_point() or tensor.is_complex() or isinstance(tensor, FakeTensor):
+            return None
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.numel() > _FEW:
+            return None
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.device.type == "meta":
+            return None
+        version, kept = self._known.get(value, (-1, None))
+        if kept is None or version != tensor._version:
+            with unset_fake_temporarily():
+                kept = tensor.detach().clone()
+            self._known[value] = (tensor._version, kept)
+        return kept
 
     def seal(self, tensors: Iterator[Tensor], side: Side) -> None:
         """Say what tensors that exist before the run are: parameters, buffers, inputs."""
@@ -298,9 +315,10 @@ class _DispatchMode(TorchDispatchMode):
         if op.namespace == "prim":
             return op(*args, **kwargs)
         recorder = self.recorder
+        if op in _FRESH:  # torch.tensor(...), from_numpy: made here, of neither weights nor data
+            recorder.storage_of(args[0], Side.CONSTANT)
         call = recorder.begin("op", op, args, kwargs)
         given = call.inputs
-        call.known = _integers(op, args, kwargs)
         result = self._run_for_real(op, args, kwargs, given) if self.fake else NotImplemented
         if result is NotImplemented:
             result = op(*args, **kwargs)
@@ -343,22 +361,7 @@ class _DispatchMode(TorchDispatchMode):
             return op(*args, **kwargs)
 
 
-_FEW = 1 << 16
-
-
-def _integers(op: Any, args: Any, kwargs: Any) -> dict[int, Tensor]:
-    """The values of an op's integer and boolean inputs, by input number: they may decide what it returns."""
-    limit = _FEW if torch.Tag.dynamic_output_shape not in op.tags else _SMALL_NUMEL
-    with unset_fake_temporarily():
-        return {
-            index: tensor.detach().clone()
-            for index, tensor in enumerate(tensors_in((args, kwargs)))
-            if not isinstance(tensor, FakeTensor)
-            and tensor.numel() <= limit
-            and not (tensor.is_floating_point() or tensor.is_complex())
-        }
-
-
+_FRESH = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
 _UNWRITTEN = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
 _SIZED_FACTORIES = {"aten::zeros", "aten::ones", "aten::full"}
 _OTHER_FACTORIES = {"aten::arange", "aten::scalar_tensor", "aten::linspace", "aten::eye"}

@@ -16,7 +16,7 @@ import torch
 
 from frostline.costing.formulas import flops
 from frostline.probing.attribution import RanOp
-from frostline.probing.probe import Probe, Question
+from frostline.probing.probe import Probe, Question, probe_hook
 from frostline.probing.replay import Stage
 from frostline.probing.sizes import true_sizes
 from frostline.probing.store import ProbeStore
@@ -87,10 +87,24 @@ class Ledger:
         self.units = graph.units
         self.base = Entry()
         self._fold()
+        self.hooks = self._hooks()
         if not graph.tape.real:
             ops = (op for unit in self.units for op in unit.ops)
             for storage, nbytes in true_sizes(ops, store.stage.fake_mode).items():
                 self._set_bytes(storage, nbytes)
+
+    def _hooks(self) -> list[tuple[int, Entry]]:
+        """What the user's tensor hooks add, with the parameters whose gradients pass through them."""
+        found = []
+        for hook, behind in self.graph.hooks:
+            entry = Entry(held=self._bits_of_storages(slot.storage for slot in hook.closed_over))
+            ops = probe_hook(self.store.stage, hook)
+            counts = [None] if ops is None else [_backward_flops(op) for op in ops]
+            if any(count is None for count in counts):
+                entry.uncounted = frozenset({("tensor hook", hook.module)})
+            entry.grad_input_flops = sum(sum(count) for count in counts if count is not None)
+            found.append((behind, entry))
+        return found
 
     def _defined(self, unit: Unit, receives: frozenset[int]) -> frozenset[int]:
         mask = frozenset(i for i, bits in enumerate(unit.behind) if bits)
@@ -260,6 +274,12 @@ class Ledger:
             refusal = refusal or entry.refusal
             if entry.sparse:
                 sparse += entry.sparse
+        for bits, entry in self.hooks:
+            if bits & forward_flags:
+                held |= entry.held
+                if backward_flags is None or bits & backward_flags:
+                    grad_input += entry.grad_input_flops
+                    uncounted |= entry.uncounted
         base = self.base
         return Entry(
             base.forward_flops + forward, grad_input, grad_weight, recompute, base.moved_bytes + moved, held, trained,

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from frostline.probing.attribution import RanOp, Recording, storage_key
 from frostline.probing.replay import Receiver, Stage, perform, seed, stand_in
 from frostline.probing.shrinking import shrunk
-from frostline.tracing.calls import Call, Side, TensorMeta, describe, tensors_in
+from frostline.tracing.calls import Call, Side, TensorHook, TensorMeta, describe, tensors_in
 from frostline.tracing.graph import Unit
 from frostline.tracing.recorder import autocast
 
@@ -161,6 +161,18 @@ def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Prob
             got[index] = leaf.grad
     sparse = tuple((i, g._indices().nbytes + g._values().nbytes) for i, g in got.items() if g.is_sparse)
     return Probe(held, recording.take(), forward, frozenset(got), sparse, refusal)
+
+
+def probe_hook(stage: Stage, hook: TensorHook) -> tuple[RanOp, ...] | None:
+    """The ops that a tensor hook runs on a gradient; None if it does not run on one without values."""
+    recording = Recording()
+    recording.listening = True
+    try:
+        with stage.fake_mode, torch.no_grad(), recording:
+            hook.function(stand_in(hook.meta))
+    except Exception:  # it may look at values
+        return None
+    return recording.take()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,6 +82,9 @@ def seed(tensor: Tensor, sink: Callable[[Tensor], None]) -> tuple[Tensor, Tensor
 
 def perform(call: Call, tensors: Sequence[Tensor], recording: Recording | None = None) -> Any:
     """Run ``call`` with ``tensors`` in place of its inputs (and captured tensors), under the present grad mode."""
+    if call.hooks is not None:
+        with torch.autograd.graph.saved_tensors_hooks(*call.hooks):
+            return perform(replace(call, hooks=None), tensors, recording)
     if call.kind == "op":
         return call.target(*fill(call.args, tensors), **fill(call.kwargs, tensors))
     if call.kind == "sequence":

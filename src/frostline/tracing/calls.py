@@ -108,6 +108,7 @@ class Call:
     output_spec: Any = None  # the structure of the result, with Holes for tensors
     children: list[Call] = field(default_factory=list)
     recompute: list[Call] = field(default_factory=list)  # reentrant checkpoint: what its backward runs again
+    hooks: tuple[Any, Any] | None = None  # the user's saved-tensor hooks it ran under
     options: dict[str, Any] = field(default_factory=dict)  # a checkpoint's
     captured: list[Slot] = field(default_factory=list)  # tensors used inside that are not among the inputs
     first_node: int = 0  # autograd's sequence numbers while it ran: [first_node, end_node)
@@ -177,6 +178,17 @@ def freeze(value: Any) -> Any:
     if isinstance(value, _PLAIN):
         return (type(value).__name__, value)
     raise TypeError(f"{type(value).__name__} is not a plain value")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHook:
+    """A function the user put on a tensor's gradient (``register_hook``)."""
+
+    edge: Edge
+    meta: TensorMeta
+    function: Callable[[Any], Any]
+    module: str
+    closed_over: tuple[Slot, ...]
 
 
 def template(value: Any, take: Callable[[Tensor], int]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frostline.tracing.calls import Call, Edge, Slot
+from frostline.tracing.calls import Call, Edge, Slot, TensorHook
 from frostline.tracing.recorder import Recorder
 
 # (unit, which of its outputs receive a gradient) -> the inputs that get a defined gradient, when all of them need one
@@ -73,6 +73,7 @@ class Graph:
         self._alive: list[Any] = list(self.recorder.nodes)
         self._behind_node: dict[int, int] = {}
         self.unmatched: list[str] = []
+        self.hooks: list[tuple[TensorHook, int]] = []  # those a gradient passes through, with the parameters behind
         _mark_functions_opaque(tape.calls)
         root = None if tape.loss is None or tape.loss.edge is None else tape.loss.edge
         self._root: tuple[Any, int] | None = None
@@ -295,12 +296,17 @@ class Graph:
                 waiting[id(fn)] -= 1
                 if waiting[id(fn)] == 0:
                     ready.append(fn)
-        edges = {
+        edges: set[Edge] = {
             (self.recorder._node_index[node], nr)
             for node, numbers in received.items()
             if node in self.recorder._node_index
             for nr in numbers
         }
+        self.hooks = [
+            (hook, self.behind(hook.edge))
+            for hook in self.recorder.tensor_hooks
+            if hook.edge in edges or hook.edge[0] < 0
+        ]
         for unit in self.units:
             if unit.call.kind != "op":
                 unit.receives = frozenset(i for i, slot in enumerate(unit.outputs) if slot.edge in edges)

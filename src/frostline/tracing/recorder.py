@@ -20,7 +20,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.tracing.calls import Call, Edge, Side, Slot, TensorMeta, aliases, describe, template, tensors_in, written
+from frostline.tracing.calls import (
+    Call,
+    Edge,
+    Side,
+    Slot,
+    TensorHook,
+    TensorMeta,
+    aliases,
+    describe,
+    template,
+    tensors_in,
+    written,
+)
 from frostline.tracing.interception import is_reentrant_checkpoint, observed_by
 
 _set_requires_grad = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
@@ -54,6 +66,10 @@ def autocast(state: tuple[Any, ...]) -> Iterator[None]:
         yield
 
 
+def let_go(_tensor: Tensor) -> None:
+    """The saved-tensor hook of a real forward that is only watched: nothing is kept."""
+
+
 class Recorder:
     """Collects the tape of one run. See `recording`.
 
@@ -74,6 +90,8 @@ class Recorder:
         self.storage_bytes: list[int] = []
         self.storage_refs: list[StorageWeakRef] = []
         self.sides: list[Side] = []
+        self.tensor_hooks: list[TensorHook] = []
+        self._in_checkpoint = False
         self._pending: list[tuple[Call, tuple[Any, ...]]] = []
         self.function_nodes: dict[int, Call] = {}  # node index -> the call that made it
         self.always_edges: set[Edge] = set()  # `requires_grad_()` was called on their tensors
@@ -201,6 +219,9 @@ class Recorder:
         call = Call(kind, target, (), {}, inputs, self.module_stack[-1], torch.is_grad_enabled())
         call.args = template(args, take)
         call.kwargs = template(kwargs, take)
+        if call.grad_enabled and not self._in_checkpoint:
+            hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            call.hooks = None if hooks is None or hooks[0] is let_go else hooks
         call.first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         return call
 
@@ -271,10 +292,20 @@ class Recorder:
         call = self.begin("checkpoint", torch.utils.checkpoint.checkpoint, (args, _closed_over(function)), kwargs)
         call.autocast = autocast_state()
         call.options = options
-        with self.inside(call):
-            yield
+        around, self._in_checkpoint = self._in_checkpoint, True
+        try:
+            with self.inside(call):
+                yield
+        finally:
+            self._in_checkpoint = around
         call.end_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self.current.children.append(call)
+
+    def note_hook(self, tensor: Tensor, function: Callable[[Any], Any]) -> None:
+        edge = self.edge_of(tensor)
+        if edge is not None:
+            closed_over = tuple(self.slot(t) for t in _closed_over(function))
+            self.tensor_hooks.append(TensorHook(edge, describe(tensor), function, self.module_stack[-1], closed_over))
 
     def on_module(self, module: nn.Module, run: Callable[[], Any]) -> Any:
         depth = len(self.module_stack)
@@ -392,6 +423,8 @@ class _FunctionMode(TorchFunctionMode):
         if func in _MUTED_FUNCTIONS:
             tensor = args[0]
             result = func(*args, **kwargs)
+            if func is Tensor.register_hook and tensor.requires_grad:
+                recorder.note_hook(tensor, args[1] if len(args) > 1 else kwargs["hook"])
             if func in (Tensor.requires_grad_, _set_requires_grad) and tensor.requires_grad:
                 edge = recorder.edge_of(tensor)
                 if edge is not None:

@@ -15,7 +15,7 @@ from frostline.errors import TraceError
 from frostline.tracing.calls import Side, tensors_in
 from frostline.tracing.environment import preserved_rng, swapped
 from frostline.tracing.graph import Tape
-from frostline.tracing.recorder import Recorder, recording
+from frostline.tracing.recorder import Recorder, let_go, recording
 from frostline.tracing.step import map_tensors
 
 _SMALL_BUFFER = 1 << 22  # elements; buffers up to this are lent by value, so that a model may look into them
@@ -67,7 +67,7 @@ class Rehearsal:
 
     def _run_recorded(self, recorder: Recorder, args: Any, kwargs: Any, stack: ExitStack) -> Tensor:
         if self.real:  # memory at most inference plus one op: what autograd would save is let go
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_let_go, _was_let_go))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(let_go, _was_let_go))
         stack.enter_context(recording(recorder, fake=not self.real))
         try:
             loss = self.run(self.model, args, kwargs)
@@ -100,10 +100,6 @@ class Rehearsal:
 
 class _WasLetGoError(RuntimeError):
     """A saved tensor was asked for though nothing is kept."""
-
-
-def _let_go(_tensor: Tensor) -> None:
-    return None
 
 
 def _was_let_go(_nothing: None) -> Tensor:

@@ -93,9 +93,10 @@ class Ledger:
             for storage, nbytes in true_sizes(ops, store.stage.fake_mode).items():
                 self._set_bytes(storage, nbytes)
 
-    def _hooks(self) -> list[tuple[int, Entry]]:
-        """What the user's tensor hooks add, with the parameters whose gradients pass through them."""
+    def _hooks(self) -> list[tuple[int, Entry, Unit]]:
+        """What the user's tensor hooks add: the parameters whose gradients pass through, the cost, a unit beside it."""
         found = []
+        homes = {unit.module: unit for unit in reversed(self.units)}
         for hook, behind in self.graph.hooks:
             entry = Entry(held=self._bits_of_storages(slot.storage for slot in hook.closed_over))
             ops = probe_hook(self.store.stage, hook)
@@ -103,7 +104,7 @@ class Ledger:
             if any(count is None for count in counts):
                 entry.uncounted = frozenset({("tensor hook", hook.module)})
             entry.grad_input_flops = sum(sum(count) for count in counts if count is not None)
-            found.append((behind, entry))
+            found.append((behind, entry, homes.get(hook.module, self.units[-1])))
         return found
 
     def _defined(self, unit: Unit, receives: frozenset[int]) -> frozenset[int]:
@@ -274,12 +275,10 @@ class Ledger:
             refusal = refusal or entry.refusal
             if entry.sparse:
                 sparse += entry.sparse
-        for bits, entry in self.hooks:
-            if bits & forward_flags:
-                held |= entry.held
-                if backward_flags is None or bits & backward_flags:
-                    grad_input += entry.grad_input_flops
-                    uncounted |= entry.uncounted
+        for entry, _ in self._hooks_that_run(forward_flags, backward_flags):
+            held |= entry.held
+            grad_input += entry.grad_input_flops
+            uncounted |= entry.uncounted
         base = self.base
         return Entry(
             base.forward_flops + forward, grad_input, grad_weight, recompute, base.moved_bytes + moved, held, trained,
@@ -291,6 +290,12 @@ class Ledger:
         live = [bits & forward_flags != 0 for bits in self.conditions]
         wanted = None if backward_flags is None else [bits & backward_flags != 0 for bits in self.conditions]
         return live, wanted
+
+    def _hooks_that_run(self, forward_flags: int, backward_flags: int | None) -> Iterator[tuple[Entry, Unit]]:
+        for bits, entry, unit in self.hooks:
+            if bits & forward_flags:
+                runs = backward_flags is None or bits & backward_flags
+                yield (entry if runs else Entry(held=entry.held)), unit
 
     def _group_entry(self, group: Group, live: list[bool], wanted: list[bool] | None) -> Entry:
         total = Entry()
@@ -310,8 +315,13 @@ class Ledger:
     def rows(self, forward_flags: int, backward_flags: int | None) -> Iterator[tuple[Unit, Entry]]:
         """Every unit with what it costs, in execution order; the entries add up to `evaluate`'s."""
         live, wanted = self.flags(forward_flags, backward_flags)
+        beside: dict[Unit, Entry] = {}
+        for hook, unit in self._hooks_that_run(forward_flags, backward_flags):
+            beside.setdefault(unit, Entry()).add(hook)
         for unit in self.units:
             entry = Entry()
+            if unit in beside:
+                entry.add(beside[unit])
             varies = unit.call.varies
             if not varies:
                 entry.add(self._forward(unit))

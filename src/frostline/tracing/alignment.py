@@ -32,6 +32,8 @@ def align(on: list[Call], off: list[Call]) -> str:
         elif _strides(a.outputs) != _strides(b.outputs) and not (runs and index <= runs[-1][1]):
             start = start if _still_differs(ours, theirs, start, index) else index
         if a.kind == "torch" and _op_sequence(a) != _op_sequence(b):
+            if not a.replayable:
+                return f"what {a.name} runs depends on requires_grad, in module {a.module or '(the model)'!r}"
             a.opaque = True
         elif a.kind == "checkpoint" and not a.recompute:
             inside = align(a.children, b.children)

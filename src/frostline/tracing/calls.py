@@ -114,6 +114,7 @@ class Call:
     first_node: int = 0  # autograd's sequence numbers while it ran: [first_node, end_node)
     end_node: int = 0
     opaque: bool = False  # a torch call that must be probed as a whole
+    replayable: bool = True  # False inside torch.func's transforms, whose tensors exist only there
     index: int = -1  # position among the tape's units
 
     @property

@@ -433,6 +433,7 @@ class _FunctionMode(TorchFunctionMode):
         if getattr(func, "__name__", "") in ("__get__", "__set__"):
             return func(*args, **kwargs)
         call = recorder.begin("torch", func, args, kwargs)
+        call.replayable = torch._C._functorch.peek_interpreter_stack() is None and func is not torch.autograd.grad
         call.autocast = autocast_state()
         with recorder.inside(call):
             result = func(*args, **kwargs)

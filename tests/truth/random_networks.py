@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -260,13 +260,17 @@ def any_tensor(_: Tensor) -> bool:
     return True
 
 
+class Spoilt(Exception):  # noqa: N818  a finding, not a mistake
+    """An in-place statement, by number, changed what an earlier one had saved."""
+
+
 class Writer:
     """Carries drafts out on real tensors and writes down what worked.
 
-    ``banned``: how many in-place statements, counted from the last, to leave out.
+    ``banned``: which in-place statements, by number, to leave out.
     """
 
-    def __init__(self, inputs: Sequence[str], changes_allowed: int) -> None:
+    def __init__(self, inputs: Sequence[str], banned: Set[int] = frozenset()) -> None:
         self.model = nn.Module()
         self.inputs = tuple(inputs)
         self.setup: list[str] = []
@@ -275,7 +279,7 @@ class Writer:
         self.names: list[str] = []  # floating-point tensors in reach, the oldest first
         self.made = 0
         self.changes = 0
-        self.changes_allowed = changes_allowed
+        self.banned = banned
         self.protected: set[int] = set()  # storages that must not be written to here
         self.autocast = False
         self.in_checkpoint = False
@@ -336,11 +340,24 @@ class Writer:
             source = OPS[draft.op](self, a, b, c, d)
             if source is None:
                 continue
-            if draft.op in CHANGES:
-                self.changes += 1
-                if self.changes > self.changes_allowed:
-                    continue
-            self.say(source)
+            if draft.op not in CHANGES:
+                self.say(source)
+                continue
+            self.changes += 1
+            if self.changes not in self.banned and self.say(source) and not self._goes_back(self.names[-1]):
+                raise Spoilt(self.changes)
+
+    def _goes_back(self, name: str) -> bool:
+        """Whether a backward from this tensor finds what it saved as it was."""
+        tensor = self.tensor(name)
+        if not tensor.requires_grad or tensor.grad_fn is None:
+            return True
+        leaf = torch.zeros((), requires_grad=True)
+        try:
+            torch.autograd.grad(tensor.sum() + leaf, [leaf, *self.model.parameters()], retain_graph=True, allow_unused=True)
+        except RuntimeError:
+            return False
+        return True
 
     def say(self, source: str, *names: str, keep: bool = True) -> bool:
         """Run one statement; write it down if torch agrees. An expression gets names for what it returns."""
@@ -909,7 +926,7 @@ def checkpointed(w: Writer, draft: Draft) -> None:
     """Part of the program as a function given to checkpoint; it may capture what it is not given."""
     a, b, c, d = draft.picks
     given = list(dict.fromkeys(name for name in (w.some(a), w.some(b)) if name is not None))[: 1 + c % 2]
-    names, lines, changes, namespace = list(w.names), list(w.lines), w.changes, dict(w.namespace)
+    names, lines, namespace = list(w.names), list(w.lines), dict(w.namespace)
     protected = set(w.protected)
     w.protected |= {w.tensor(name).untyped_storage()._cdata for name in names}
     w.made += 1
@@ -938,7 +955,6 @@ def checkpointed(w: Writer, draft: Draft) -> None:
     w.namespace.clear()
     w.namespace.update(namespace)
     if not results:
-        w.changes = changes
         return
     exec("\n".join(definition), w.namespace)
     w.lines += written
@@ -965,17 +981,22 @@ DRAFTED = [*OPS, *(["linear", "matmul", "product", "view", "elementwise", "binar
 
 def write(drafts: Sequence[Draft], inputs: Sequence[str], terms: Sequence[int]) -> Program:
     """The program that drafts stand for; in-place statements that a backward does not survive are left out."""
-    changes_allowed = 1 << 30
+    banned: set[int] = set()
     while True:
         torch.manual_seed(0)
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
-            writer = Writer(inputs, changes_allowed)
-            writer.write(drafts)
+            writer = Writer(inputs, banned)
+            try:
+                writer.write(drafts)
+            except Spoilt as spoilt:
+                banned.add(spoilt.args[0])
+                continue
             program = _finish(writer, terms)
-            if writer.changes == 0 or changes_allowed == 0 or _trains(program):
+            left = set(range(1, writer.changes + 1)) - banned
+            if not left or _trains(program):
                 return program
-        changes_allowed = min(writer.changes, changes_allowed) - 1
+            banned.add(max(left))
 
 
 def _finish(w: Writer, terms: Sequence[int]) -> Program:

@@ -7,7 +7,7 @@ it is a gradient towards. Results are followed through their storages, so that v
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.tracing.calls import Side, TensorMeta, describe, tensors_in, written
+from frostline.tracing.calls import UNSEEN, Side, TensorMeta, describe, result_side, tensors_in, written
 
 Mark = tuple[int, int]  # (number of a recorded op, which of its outputs)
 
@@ -103,17 +103,16 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = op(*args, **kwargs)
-        if op.namespace == "prim":
+        if op.namespace in UNSEEN:
             return result
         given, made = list(tensors_in((args, kwargs))), list(tensors_in(result))
-        side = max(map(self.side_of, given), default=Side.CONSTANT)
-        if torch.Tag.nondeterministic_seeded in op.tags:
-            side = Side.DATA
+        side = result_side(op, map(self.side_of, given))
         self.follow(made, [side] * len(made))
         self.secondary.update(key for key in map(storage_key, made[1:]) if key is not None)
         for tensor in given:
-            if tensor.grad_fn is not None:
-                self._edge_sides[(tensor.grad_fn._sequence_nr(), tensor.output_nr)] = self.side_of(tensor)
+            with suppress(RuntimeError):  # (a view of something written to since)
+                if tensor.grad_fn is not None:
+                    self._edge_sides[(tensor.grad_fn._sequence_nr(), tensor.output_nr)] = self.side_of(tensor)
         changed = list(written(op, args, kwargs))
         self.follow(changed, [side] * len(changed))
         if self.listening:

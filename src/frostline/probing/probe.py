@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from frostline.probing.attribution import RanOp, Recording, storage_key
 from frostline.probing.replay import Receiver, Stage, perform, seed, stand_in
 from frostline.probing.shrinking import shrunk
-from frostline.tracing.calls import Call, Side, TensorHook, TensorMeta, describe, tensors_in
+from frostline.tracing.calls import NOWHERE, Call, Side, Slot, TensorHook, TensorMeta, describe, tensors_in
 from frostline.tracing.graph import Unit
 from frostline.tracing.recorder import autocast
 
@@ -205,11 +205,15 @@ class _Inputs:
                 known = slot.known if real else None
                 tensor = stand_in(slot.meta, real=real) if known is None else known.clone()
                 if index in mask:
-                    tensor = self._needing_grad(tensor, index, got, leaf=slot.is_leaf and unit.call.kind != "op")
+                    tensor = self._needing_grad(tensor, index, got, slot, leaf=slot.is_leaf and unit.call.kind != "op")
                 by_value[slot.value] = tensor
             self._tensors.append(tensor)
 
-    def _needing_grad(self, tensor: Tensor, index: int, got: dict[int, Tensor], *, leaf: bool) -> Tensor:
+    def _needing_grad(self, tensor: Tensor, index: int, got: dict[int, Tensor], slot: Slot, *, leaf: bool) -> Tensor:
+        if slot.edge == NOWHERE:
+            base = tensor.requires_grad_()
+            with torch.no_grad():
+                return base.view_as(base)
         if leaf:
             self.leaves[index] = tensor.requires_grad_()
             return tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal
@@ -59,6 +59,7 @@ def describe(tensor: Tensor) -> TensorMeta:
 
 # Where a gradient flows to: (index of an autograd node in the tape, which of its outputs), or a leaf as (-1, index).
 Edge = tuple[int, int]
+NOWHERE: Edge = (-2, 0)  # of a view made under no_grad: it requires grad as its base does, and leads nowhere
 
 
 @dataclass(slots=True)
@@ -74,7 +75,7 @@ class Slot:
 
     @property
     def is_leaf(self) -> bool:
-        return self.edge is not None and self.edge[0] < 0
+        return self.edge is not None and self.edge[0] == -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +263,27 @@ def aliases(op: Any, result: Any) -> Iterator[tuple[int, Any]]:
     for position, part in zip(positions, parts or (), strict=False):
         if position is not None:
             yield position, part
+
+
+_VALUE_FREE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+
+
+@functools.cache
+def makes_constant(op: Any) -> bool:
+    """Whether an op's result has nothing of its arguments' values: ``zeros_like``, ``torch.tensor`` and the like."""
+    return bool(
+        op.namespace == "aten" and op._schema.name.removeprefix("aten::").startswith((*_VALUE_FREE, "lift_fresh"))
+    )
+
+
+def result_side(op: Any, given: Iterable[Side]) -> Side:
+    """What an op's result is made from, given what its arguments are."""
+    if torch.Tag.nondeterministic_seeded in op.tags:
+        return Side.DATA
+    return Side.CONSTANT if makes_constant(op) else max(given, default=Side.CONSTANT)
+
+
+UNSEEN = ("prim", "profiler")  # namespaces of ops that compute nothing
 
 
 @functools.cache

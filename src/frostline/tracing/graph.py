@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frostline.tracing.calls import Call, Edge, Slot, TensorHook
+from frostline.errors import TraceError
+from frostline.tracing.calls import NOWHERE, Call, Edge, Slot, TensorHook
 from frostline.tracing.recorder import Recorder
 
 # (unit, which of its outputs receive a gradient) -> the inputs that get a defined gradient, when all of them need one
@@ -48,6 +49,11 @@ class Tape:
     parameter_of_leaf: dict[int, int]  # index into recorder.leaves -> parameter number
     num_parameters: int
     real: bool
+
+    @property
+    def unknown_leaves(self) -> list[Tensor]:
+        """Tensors that require grad of themselves and are no parameters of the model."""
+        return [leaf for n, leaf in enumerate(self.recorder.leaves) if n not in self.parameter_of_leaf]
 
     @property
     def calls(self) -> list[Call]:
@@ -88,6 +94,8 @@ class Graph:
         """The parameters a gradient along ``edge`` would reach, as bits."""
         if edge is None:
             return 0
+        if edge == NOWHERE:
+            return self.always
         if edge[0] < 0:
             extra = self.always if edge in self.recorder.always_edges else 0
             return self._leaf_bit(edge[1]) | extra
@@ -126,7 +134,7 @@ class Graph:
                 index = self.recorder._node_index.get(id(fn))
                 if index is not None and (index, nr) in self.recorder.always_edges:
                     bits |= self.always
-        return bits
+        return bits or self.always  # (only views that lead nowhere: it requires grad all the same)
 
     # -- what the loss reaches -----------------------------------------------------------------------------------------
 
@@ -172,9 +180,10 @@ class Graph:
         for unit in self.units:
             if not unit.held:
                 continue
-            for slot, bits in zip(unit.inputs, unit.behind, strict=True):
+            inside = [] if unit.call.kind == "op" else [slot for op in unit.ops for slot in op.inputs]
+            for slot in (*unit.inputs, *inside):
                 edge = slot.edge
-                if edge is None or not bits or edge in found:
+                if edge is None or edge in found or edge == NOWHERE or not unit.call.grad_enabled:
                     continue
                 if edge[0] < 0 and edge[1] not in self.tape.parameter_of_leaf:
                     found[edge] = (0, slot.storage)
@@ -235,6 +244,12 @@ class Graph:
         if call.kind != "op":
             _find_captured(call)
             inputs += call.captured
+            if call.recompute and any(slot.edge is not None and not slot.is_leaf for slot in call.captured):
+                raise TraceError(
+                    f"a reentrant checkpoint in module {call.module or '(the model)'!r} uses an activation that is not "
+                    "among its arguments, so its backward would run on through the graph around it: pass it as an "
+                    "argument, or checkpoint with use_reentrant=False"
+                )
         differentiable = call.grad_enabled
         behind = [self.behind(slot.edge) if differentiable else 0 for slot in inputs]
         return Unit(call, inputs, behind, call.outputs, ops=ops)
@@ -322,7 +337,7 @@ class Graph:
     def _passes(self, node: Any, numbers: frozenset[int], defined: Defined) -> frozenset[int]:
         unit = self._owner_of_node.get(id(node))
         every = frozenset(range(len(node.next_functions)))
-        if unit is None or unit.call.kind != "function":
+        if unit is None or not (unit.call.kind == "function" or unit.call.recompute):
             return every
         gets = defined(unit, numbers)
         direct = [hole.index for hole in unit.call.direct_tensors]
@@ -350,11 +365,10 @@ def _mark_functions_opaque(calls: Iterable[Call]) -> None:
 
 def _find_captured(call: Call) -> None:
     """Tensors that the call's inside used and that came neither from its arguments nor from inside; nested ones too."""
-    known = {slot.value for slot in (*call.inputs, *call.captured)}
-    inside = call.children
-    if call.recompute:
-        known |= {slot.value for slot in call.recompute[0].inputs}
-        inside = call.recompute[0].children
+    known = {slot.value for slot in call.captured}
+    region = call.recompute[0] if call.recompute else call  # (whose inputs were detached: an outer one may be captured)
+    known |= {slot.value for slot in region.inputs}
+    inside = region.children
     for child in inside:
         if child.kind != "op":
             _find_captured(child)

@@ -20,7 +20,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from frostline.errors import TraceError
 from frostline.tracing.calls import (
+    NOWHERE,
+    UNSEEN,
     Call,
     Edge,
     Side,
@@ -29,6 +32,7 @@ from frostline.tracing.calls import (
     TensorMeta,
     aliases,
     describe,
+    result_side,
     template,
     tensors_in,
     written,
@@ -90,6 +94,7 @@ class Recorder:
         self.storage_bytes: list[int] = []
         self.storage_refs: list[StorageWeakRef] = []
         self.sides: list[Side] = []
+        self.leads_nowhere = False
         self.tensor_hooks: list[TensorHook] = []
         self._in_checkpoint = False
         self._pending: list[tuple[Call, tuple[Any, ...]]] = []
@@ -161,7 +166,12 @@ class Recorder:
     def edge_of(self, tensor: Tensor) -> Edge | None:
         if not tensor.requires_grad:
             return None
-        node = tensor.grad_fn
+        try:
+            node = tensor.grad_fn
+        except RuntimeError:  # a view of something written to since: autograd would refuse to use it
+            return None
+        if node is None and tensor._is_view() and not isinstance(tensor, nn.Parameter):
+            return NOWHERE
         if node is None:
             return (-1, self._leaf(tensor))
         return (self._node(node), tensor.output_nr)
@@ -219,9 +229,12 @@ class Recorder:
         call = Call(kind, target, (), {}, inputs, self.module_stack[-1], torch.is_grad_enabled())
         call.args = template(args, take)
         call.kwargs = template(kwargs, take)
-        if call.grad_enabled and not self._in_checkpoint:
+        if call.grad_enabled:
             hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-            call.hooks = None if hooks is None or hooks[0] is let_go else hooks
+            if hooks is not None and hooks[0] is not let_go and not self._in_checkpoint:
+                call.hooks = hooks
+            if kind == "op" and any(slot.edge == NOWHERE for slot in inputs):
+                self.leads_nowhere = True
         call.first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         return call
 
@@ -343,7 +356,7 @@ class _DispatchMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if op.namespace == "prim":
+        if op.namespace in UNSEEN:
             return op(*args, **kwargs)
         recorder = self.recorder
         if op in _FRESH:  # torch.tensor(...), from_numpy: made here, of neither weights nor data
@@ -356,10 +369,7 @@ class _DispatchMode(TorchDispatchMode):
         for position, part in aliases(op, result):
             if position < len(args) and isinstance(args[position], Tensor):
                 recorder.alias(part, recorder.storage_of(args[position], Side.DATA))
-        if torch.Tag.nondeterministic_seeded in op.tags:
-            side = Side.DATA
-        else:
-            side = max((slot.side for slot in given), default=Side.CONSTANT)
+        side = result_side(op, (slot.side for slot in given))
         for tensor in written(op, args, kwargs):  # data written into a constant makes it data, for every view of it
             storage = recorder.storage_of(tensor, side)
             recorder.sides[storage] = max(recorder.sides[storage], side)
@@ -420,6 +430,8 @@ class _FunctionMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         recorder = self.recorder
+        if func in (Tensor.backward, torch.autograd.backward) and recorder.current.kind != "function":
+            raise TraceError("the step runs backward itself: let step= return the loss before .backward() is called")
         if func in _MUTED_FUNCTIONS:
             tensor = args[0]
             result = func(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -49,7 +50,9 @@ class Rehearsal:
         lender = _Lender(self, trainable)
         with preserved_rng(), lender.lent(), ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(_quiet_fake_kernels())
             args, kwargs = lender.inputs()
             if not self.real:
                 stack.enter_context(self.fake_mode)
@@ -86,6 +89,8 @@ class Rehearsal:
             raise TraceError(
                 f"the loss must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example .mean()"
             )
+        if loss.is_complex():
+            raise TraceError("the loss is complex, and gradients can be taken of real numbers only: return its .abs()")
         return loss
 
     @contextmanager
@@ -96,6 +101,18 @@ class Rehearsal:
         lender.memo.update({key: (t, None) for key, t in by_id.items()})
         with lender.lent():
             yield
+
+
+@contextmanager
+def _quiet_fake_kernels() -> Iterator[None]:
+    """Torch logs a traceback for each fake kernel that fails; what follows from it is said elsewhere."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class _WasLetGoError(RuntimeError):

@@ -54,6 +54,10 @@ def trace(
             device that is not there.
         Exception: whatever the step itself raises, with a note that names the module.
     """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if step is not None and not callable(step):
+        raise TraceError(f"step must be callable(model) -> loss, got {type(step).__name__}")
     given, named = split_inputs(inputs, args, kwargs)
     if step is not None and (given or named or loss is not None):
         raise TraceError("give either step= or inputs and loss, not both")
@@ -87,8 +91,6 @@ def _loss_taker(loss: Callable[[Any], Tensor] | str | None, assumptions: list[st
 
 
 def _check_model(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     lazy = [name for name, p in parameters.items() if is_lazy(p)]
     if lazy:
         raise TraceError(f"parameter {lazy[0]!r} has no shape yet (a lazy module): run one forward first")
@@ -103,7 +105,10 @@ def _device(model: nn.Module, parameters: dict[str, nn.Parameter], asked: str | 
         if len(real) > 1:
             raise TraceError(f"the model lies on several devices ({', '.join(sorted(map(str, real)))}): say device=")
         return real.pop() if real else torch.device("cpu")
-    device = torch.device(asked)
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise TraceError(f"device {asked!r}: {str(error).splitlines()[0]}") from error
     there = ["cpu"] + ([str(torch.accelerator.current_accelerator())] if torch.accelerator.is_available() else [])
     if device.type not in {torch.device(d).type for d in there}:
         raise TraceError(f"device {str(device)!r} is not here; there is: {', '.join(there)}")
@@ -155,6 +160,12 @@ class Trace:
                 "the loss needs no gradient even with every parameter trainable: it does not depend on any parameter, "
                 "or was computed under torch.no_grad() or from detached tensors"
             )
+        unregistered = sum(isinstance(leaf, nn.Parameter) for leaf in self.tape_on.unknown_leaves)
+        if unregistered:
+            self.notes.append(
+                f"{unregistered} Parameters are not the model's (made in the forward, or held where no module "
+                "registers them): they always get a gradient, and are in no subset"
+            )
         self.diverges = self._compare_with_frozen()
         self.graph = Graph(self.tape_on)
 
@@ -179,6 +190,7 @@ class Trace:
             if rehearsal.real:
                 raise
             data_decides = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
+            data_decides = data_decides or "not supported for tensor subclasses" in str(error)  # .numpy(), .tolist()
             weightless = [name for name, p in rehearsal.parameters.items() if p.device.type == "meta"]
             if weightless and data_decides:
                 where = " ".join(getattr(error, "__notes__", [])[-1:])
@@ -200,6 +212,8 @@ class Trace:
             tape_off, _ = self.record(frozenset())
         except Exception as error:  # a step that needs gradients to run, such as a gradient penalty
             return f"the step does not run with everything frozen ({type(error).__name__})"
+        if self.tape_on.recorder.leads_nowhere:
+            return "a view made under no_grad is used outside it"
         return align(self.tape_on.calls, tape_off.calls)
 
     # -- what was traced -----------------------------------------------------------------------------------------------

@@ -31,6 +31,10 @@ EXCLUDED = frozenset(
         "constant made inside a checkpoint",
         "loss kernel with a larger storage",
         "neutral factories",
+        "Function gives no gradient",
+        "write to what attention returned",
+        "reentrant checkpoint in or around another",
+        "parameter as input under autocast",
     }
 )
 MOST_ELEMENTS = 400  # larger results are left out: a program of products grows fast
@@ -282,7 +286,7 @@ class Writer:
         self.banned = banned
         self.protected: set[int] = set()  # storages that must not be written to here
         self.autocast = False
-        self.in_checkpoint = False
+        self.in_checkpoint = self.in_reentrant = False
         self.namespace: dict[str, Any] = {**NAMES, "self": self.model}
         for i, source in enumerate(inputs):
             self._remember(f"x{i}", eval(source, self.namespace))
@@ -299,6 +303,8 @@ class Writer:
 
     def some(self, number: int, fits: Pick = any_tensor) -> str | None:
         names = self.fitting(fits)
+        if self.autocast and "parameter as input under autocast" in EXCLUDED:
+            names = [name for name in names if not name.startswith("self.")]
         if number < 24:  # two times in three one of the last few, so that programs grow long rather than wide
             names = names[:4]
         return names[number % len(names)] if names else None
@@ -341,7 +347,8 @@ class Writer:
             if source is None:
                 continue
             if draft.op not in CHANGES:
-                self.say(source)
+                if self.say(source) and draft.op == "attention" and "write to what attention returned" in EXCLUDED:
+                    self.protected.add(self.tensor(self.names[-1]).untyped_storage()._cdata)
                 continue
             self.changes += 1
             if self.changes not in self.banned and self.say(source) and not self._goes_back(self.names[-1]):
@@ -354,7 +361,9 @@ class Writer:
             return True
         leaf = torch.zeros((), requires_grad=True)
         try:
-            torch.autograd.grad(tensor.sum() + leaf, [leaf, *self.model.parameters()], retain_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                tensor.sum() + leaf, [leaf, *self.model.parameters()], retain_graph=True, allow_unused=True
+            )
         except RuntimeError:
             return False
         return True
@@ -645,6 +654,8 @@ def matmul(w: Writer, a: int, b: int, c: int, d: int) -> str | None:
     other = name and w.some(c, multiplies(w.tensor(name), loose=w.autocast))
     if name is None or other is None:
         return None
+    if b // 2 % 8 == PRODUCTS.index("Cut.apply({}, {y})") - 1 and "Function gives no gradient" in EXCLUDED:
+        b = 0
     if b % 2 and (w.tensor(name).dim() != 2 or w.tensor(other).dim() != 2):
         b = 0  # the Functions' gradients do not sum over what broadcasting added
     return nth(PRODUCTS, 0 if b % 2 == 0 else 1 + b // 2).replace("{}", name).replace("{y}", other)
@@ -934,20 +945,29 @@ def checkpointed(w: Writer, draft: Draft) -> None:
     arguments = [f"a{w.made}{letter}" for letter in "xy"[: len(given)]]
     kind = ("use_reentrant=False", "use_reentrant=True", "use_reentrant=False, early_stop=False")[d // 2 % 3]
     reentrant = kind == "use_reentrant=True"
+    if "reentrant checkpoint in or around another" in EXCLUDED and (
+        (reentrant and (w.in_checkpoint or any(each.op == "checkpointed" for each in draft.body))) or w.in_reentrant
+    ):
+        return
     if reentrant and "reentrant checkpoint captures a tensor" in EXCLUDED:
         w.names = [name for name in w.names if name.startswith("self.") and name not in given]
     for argument, name in zip(arguments, given, strict=True):
         w._remember(argument, w.tensor(name))
     known, start = len(w.names), len(w.lines)
-    before, w.in_checkpoint = w.in_checkpoint, True
+    before = w.in_checkpoint, w.in_reentrant
+    w.in_checkpoint, w.in_reentrant = True, reentrant
     with w.block(f"def {title}({', '.join(arguments)}):"):
         w.write(draft.body)
-        w.in_checkpoint = before
+        w.in_checkpoint, w.in_reentrant = before
         made = [name for name in w.names[known:] if not name.startswith("self.")]
         results = made[-1 - d % 2 :]
         w.lines.append(f"{w.indent}return {', '.join(results)}")
     held = [name for name in w.names[known:] if name.startswith("self.")]
-    if reentrant and "reentrant checkpoint gives an input no gradient" in EXCLUDED and not _all_reached(w, results, given):
+    if (
+        reentrant
+        and "reentrant checkpoint gives an input no gradient" in EXCLUDED
+        and not _all_reached(w, results, given)
+    ):
         results = []
     definition = [line[len(w.indent) :] for line in w.lines[start:]]
     written = w.lines[start:]
@@ -968,9 +988,7 @@ def _all_reached(w: Writer, results: list[str], given: list[str]) -> bool:
     if not outputs or not inputs:
         return not inputs
     try:
-        gradients = torch.autograd.grad(
-            [each.sum() for each in outputs], inputs, retain_graph=True, allow_unused=True
-        )
+        gradients = torch.autograd.grad([each.sum() for each in outputs], inputs, retain_graph=True, allow_unused=True)
     except RuntimeError:
         return False
     return all(gradient is not None for gradient in gradients)

@@ -1,0 +1,171 @@
+"""Probes kept between runs: one small database per version of torch, of the machine's kernels and of this code.
+
+Only ops of torch's own are kept, since nothing else is known to stay as it is. What is stale has another name, what
+is damaged is deleted, and what cannot be read or written is done without. ``FROSTLINE_CACHE`` names another folder, or
+``off``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import sqlite3
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frostline.probing.attribution import RanOp
+from frostline.probing.probe import Held, Probe, Question
+from frostline.tracing.calls import Side, TensorMeta
+
+
+class _Unstorable(TypeError):  # noqa: N818
+    """A value that has no place in the database."""
+
+
+def _encode(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, TensorMeta):
+        parts = (value.shape, value.stride, value.dtype, value.device, value.layout)
+        return {"tensor": [_encode(part) for part in parts]}
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return {"torch": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item) for item in value]}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        return {"dict": [[key, _encode(item)] for key, item in value.items()]}
+    raise _Unstorable(type(value).__name__)
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return TensorMeta(*(_decode(part) for part in content))
+    if kind == "torch":
+        return getattr(torch, content)
+    if kind == "device":
+        return torch.device(content)
+    if kind == "tuple":
+        return tuple(_decode(item) for item in content)
+    return {key: _decode(item) for key, item in content}
+
+
+def _encode_op(ran: RanOp) -> list[Any]:
+    if ran.op.namespace != "aten":
+        raise _Unstorable(str(ran.op))
+    sides = [None if side is None else int(side) for side in ran.sides]
+    given = [_encode(ran.args), _encode(ran.kwargs), _encode(ran.outputs)]
+    return [ran.op._schema.name.removeprefix("aten::"), ran.op._overloadname, *given, sides, ran.recomputed]
+
+
+def _decode_op(stored: list[Any]) -> RanOp:
+    name, overload, args, kwargs, outputs, sides, recomputed = stored
+    op = getattr(getattr(torch.ops.aten, name), overload)
+    known = tuple(None if side is None else Side(side) for side in sides)
+    return RanOp(op, _decode(args), _decode(kwargs), _decode(outputs), known, recomputed)
+
+
+def dump(found: Probe) -> str:
+    """A probe as JSON. Raises TypeError if it holds what JSON cannot bring back."""
+    held = [[h.kind, h.index, h.nbytes, h.secondary] for h in found.held]
+    ops = [[_encode_op(op) for op in found.backward], [_encode_op(op) for op in found.forward]]
+    return json.dumps([held, *ops, sorted(found.defined), list(found.sparse), found.refusal, found.confirmed])
+
+
+def load(text: str) -> Probe:
+    """The probe that `dump` wrote."""
+    held, backward, forward, defined, sparse, refusal, confirmed = json.loads(text)
+    return Probe(
+        held=tuple(Held(*parts) for parts in held),
+        backward=tuple(map(_decode_op, backward)),
+        forward=tuple(map(_decode_op, forward)),
+        defined=frozenset(defined),
+        sparse=tuple((index, nbytes) for index, nbytes in sparse),
+        refusal=refusal,
+        confirmed=confirmed,
+    )
+
+
+class Disk:
+    """A database of probes. Every failure of it means: ask again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._connection: sqlite3.Connection | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = self._open()
+        except sqlite3.DatabaseError:
+            self._start_again()
+        except OSError:
+            return
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("CREATE TABLE IF NOT EXISTS probes (key TEXT PRIMARY KEY, probe TEXT)")
+        return connection
+
+    def _start_again(self) -> None:
+        self._connection = None
+        with suppress(OSError, sqlite3.Error):
+            self.path.unlink(missing_ok=True)
+            self._connection = self._open()
+
+    def get(self, key: str) -> Probe | None:
+        if self._connection is None:
+            return None
+        try:
+            with closing(self._connection.execute("SELECT probe FROM probes WHERE key = ?", (key,))) as rows:
+                row = rows.fetchone()
+            return None if row is None else load(row[0])
+        except Exception:  # damaged, however it shows
+            self._start_again()
+            return None
+
+    def put(self, key: str, found: Probe) -> None:
+        if self._connection is None:
+            return
+        with suppress(_Unstorable, sqlite3.Error):
+            self._connection.execute("INSERT OR REPLACE INTO probes VALUES (?, ?)", (key, dump(found)))
+
+
+def key_of(like: Any, question: Question) -> str:
+    """A name for a call and a question that is the same in every process."""
+    asked = (sorted(question.mask), None if question.needed is None else sorted(question.needed))
+    return hashlib.sha256(repr((like, asked, sorted(question.receives))).encode()).hexdigest()
+
+
+@functools.cache
+def disk() -> Disk | None:
+    """The database of this torch, this machine's kernels and this code; None if ``FROSTLINE_CACHE`` is ``off``."""
+    where = os.environ.get("FROSTLINE_CACHE", "")
+    if where.lower() == "off":
+        return None
+    if not where:
+        import platformdirs
+
+        where = platformdirs.user_cache_dir("frostline")
+    return Disk(Path(where) / f"probes-{_digest()}.sqlite")
+
+
+def _digest() -> str:
+    """What a probe's answer depends on besides its question."""
+    package = Path(__file__).parents[1]
+    code = [path.read_bytes() for room in ("probing", "tracing") for path in sorted((package / room).glob("*.py"))]
+    machine = (torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.backends.mkldnn.is_available())
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return hashlib.sha256(b"".join(code) + repr((machine, gpus)).encode()).hexdigest()[:16]

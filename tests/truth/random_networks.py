@@ -31,6 +31,7 @@ EXCLUDED = frozenset(
         "constant made inside a checkpoint",
         "loss kernel with a larger storage",
         "neutral factories",
+        "checkpoint holds what the loss does not reach",
         "Function gives no gradient",
         "write to what attention returned",
         "reentrant checkpoint in or around another",
@@ -286,6 +287,7 @@ class Writer:
         self.banned = banned
         self.protected: set[int] = set()  # storages that must not be written to here
         self.autocast = False
+        self.wanted: list[str] = []  # tensors to be in the loss
         self.in_checkpoint = self.in_reentrant = False
         self.namespace: dict[str, Any] = {**NAMES, "self": self.model}
         for i, source in enumerate(inputs):
@@ -960,7 +962,8 @@ def checkpointed(w: Writer, draft: Draft) -> None:
         w.write(draft.body)
         w.in_checkpoint, w.in_reentrant = before
         made = [name for name in w.names[known:] if not name.startswith("self.")]
-        results = made[-1 - d % 2 :]
+        everything = "checkpoint holds what the loss does not reach" in EXCLUDED
+        results = made if everything else made[-1 - d % 2 :]
         w.lines.append(f"{w.indent}return {', '.join(results)}")
     held = [name for name in w.names[known:] if name.startswith("self.")]
     if (
@@ -978,8 +981,11 @@ def checkpointed(w: Writer, draft: Draft) -> None:
         return
     exec("\n".join(definition), w.namespace)
     w.lines += written
+    known = len(w.names)
     if not w.say(f"checkpoint({', '.join([title, *given, kind])})"):
         w.lines = lines
+    elif everything:
+        w.wanted += w.names[known:]
 
 
 def _all_reached(w: Writer, results: list[str], given: list[str]) -> bool:
@@ -1027,6 +1033,8 @@ def _finish(w: Writer, terms: Sequence[int]) -> Program:
     chosen = dict.fromkeys(
         w.some(number, lambda t: t.requires_grad and (t.grad_fn is not None or not computed)) for number in terms
     )
+    chosen |= dict.fromkeys(name for name in w.wanted if name in w.fitting(lambda t: t.requires_grad))
+    terms = [*terms, *range(len(w.wanted))]
     kinds = ("{}.float().mean()", "{}.float().square().mean()", "{}.double().sum()")
     w.lines.append("return " + " + ".join(nth(kinds, n).format(name) for n, name in zip(terms, chosen, strict=False)))
     return Program(tuple(w.setup), tuple(w.lines), w.inputs)

@@ -129,7 +129,7 @@ def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Prob
         inputs = _Inputs(unit, question.mask, got, real=real)
         tensors = inputs.take()
         if call.kind == "torch" and call.captured and call.autocast:
-            tensors[len(call.inputs) :] = _cached_casts(call, tensors)
+            tensors[len(call.inputs) :] = _cached_casts(unit, tensors)
         input_keys = [storage_key(t) for t in tensors]
         recording.follow(tensors, [slot.side for slot in unit.inputs])
         with _lent(stage, unit, tensors), recording:
@@ -239,29 +239,42 @@ def _lent(stage: Stage, unit: Unit, tensors: Sequence[Tensor]) -> AbstractContex
     return stage.lend({slot.edge[1]: t for slot, t in slots if slot.edge and slot.is_leaf})
 
 
-def _cached_casts(call: Call, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _cached_casts(unit: Unit, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Fill autocast's cache as the calls before this one did, by running it once; returns what it captured.
 
     Autocast keeps the cast of a weight that requires grad, so a later use captures it; a frozen weight is cast anew.
     """
-    casts: list[Tensor] = []
+    call = unit.call
+    casts: dict[int, Tensor] = {}
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = op(*args, **(kwargs or {}))
             if op is torch.ops.aten._to_copy.default:
-                casts.append(result)
+                casts[id(args[0])] = result
             return result
 
     with Watch():  # type: ignore[no-untyped-call]
         perform(call, tensors)
     found = list(tensors[len(call.inputs) :])
-    for position, slot in enumerate(call.captured):
-        for cast in casts:
-            if cast.requires_grad and describe(cast) == slot.meta and all(cast is not f for f in found):
-                found[position] = cast
-                break
+    source = {bits: id(t) for bits, t, slot in zip(unit.behind, tensors, unit.inputs, strict=True) if slot.is_leaf}
+    for position, bits in enumerate(unit.behind[len(call.inputs) :]):
+        cast = casts.get(source.get(bits, 0))
+        if cast is not None and cast.requires_grad and describe(cast) == call.captured[position].meta:
+            found[position] = cast
     return found
+
+
+class _Cut(torch.autograd.Function):
+    """Passes no gradient on; what lies behind is run all the same."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> None:
+        return None
 
 
 def _roots(call: Call, outputs: list[Tensor], receives: frozenset[int]) -> tuple[list[GradientEdge], list[TensorMeta]]:
@@ -274,7 +287,11 @@ def _roots(call: Call, outputs: list[Tensor], receives: frozenset[int]) -> tuple
             continue
         number = tensor.output_nr if call.kind == "op" else position
         key = (id(tensor.grad_fn), tensor.output_nr)
-        if number in receives and key not in seen:
+        if not receives and (call.kind == "function" or call.is_reentrant):  # reached, but by no defined gradient
+            cut = _Cut.apply(tensor)  # type: ignore[no-untyped-call]
+            edges.append(GradientEdge(cut.grad_fn, 0))
+            shapes.append(describe(tensor))
+        elif number in receives and key not in seen:
             seen.add(key)
             edges.append(GradientEdge(tensor.grad_fn, tensor.output_nr))
             shapes.append(describe(tensor))

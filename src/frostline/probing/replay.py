@@ -116,6 +116,9 @@ def _perform_checkpoint(call: Call, tensors: Sequence[Tensor], recording: Record
             interpret(region.children, values, recording)
         return tuple(values[value] for value in wanted)
 
+    if call.is_reentrant and not call.recompute:  # no gradient went in: it only ran, without grad
+        with torch.no_grad():
+            return interpret_region(*tensors[:num_inputs])
     if call.recompute:
         return checkpoint(interpret_region, *tensors[:num_inputs], use_reentrant=True, preserve_rng_state=False)
     options = call.options

@@ -35,7 +35,7 @@ def align(on: list[Call], off: list[Call]) -> str:
             if not a.replayable:
                 return f"what {a.name} runs depends on requires_grad, in module {a.module or '(the model)'!r}"
             a.opaque = True
-        elif a.kind == "checkpoint" and not a.recompute:
+        elif a.kind == "checkpoint" and not a.is_reentrant:
             inside = align(a.children, b.children)
             if inside:
                 return inside

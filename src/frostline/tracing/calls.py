@@ -146,7 +146,12 @@ class Call:
     @property
     def is_region(self) -> bool:
         """Whether it returns nothing itself: its outputs are what it makes and others use."""
-        return self.kind == "sequence" or (self.kind == "checkpoint" and not self.recompute)
+        return self.kind == "sequence" or (self.kind == "checkpoint" and not self.is_reentrant)
+
+    @property
+    def is_reentrant(self) -> bool:
+        """Whether it is a checkpoint of the kind that is an autograd.Function."""
+        return self.kind == "checkpoint" and isinstance(self.target, type)
 
     @property
     def varies(self) -> bool:

@@ -199,7 +199,7 @@ class Graph:
         highest = 0
         function_unit: dict[int, int] = {}
         for index, unit_call in enumerate(calls):
-            if unit_call.kind == "function" or (unit_call.kind == "checkpoint" and unit_call.recompute):
+            if unit_call.kind == "function" or unit_call.is_reentrant:
                 function_unit[id(unit_call)] = index
             for op in unit_call.ops():
                 first = op.first_node
@@ -298,16 +298,24 @@ class Graph:
                 if fn is not None:
                     waiting[id(fn)] = waiting.get(id(fn), 0) + 1
         received: dict[int, set[int]] = {id(self._root[0]): {self._root[1]}}
+        entries: dict[Unit, set[Edge]] = {}  # where gradients come into a unit from outside
+        if (last := self._owner_of_node.get(id(self._root[0]))) is not None:
+            entries[last] = {(self.recorder._node_index[id(self._root[0])], self._root[1])}
         ready = [self._root[0]]
         while ready:
             node = ready.pop()
             numbers = frozenset(received.get(id(node), ()))
-            passes = self._passes(node, numbers, defined) if numbers else frozenset()
+            owner = self._owner_of_node.get(id(node))
+            runs = bool(numbers) or (owner is not None and _is_function(owner))  # (it is given zeros, and goes on)
+            passes = self._passes(node, numbers, defined) if runs else frozenset()
             for position, (fn, nr) in enumerate(node.next_functions):
                 if fn is None:
                     continue
                 if position in passes:
                     received.setdefault(id(fn), set()).add(nr)
+                    entered = self._owner_of_node.get(id(fn))
+                    if entered is not None and entered is not owner:
+                        entries.setdefault(entered, set()).add((self.recorder._node_index.get(id(fn), -1), nr))
                 waiting[id(fn)] -= 1
                 if waiting[id(fn)] == 0:
                     ready.append(fn)
@@ -322,22 +330,22 @@ class Graph:
             for hook in self.recorder.tensor_hooks
             if hook.edge in edges or hook.edge[0] < 0
         ]
-        for unit in self.units:
-            if unit.call.kind != "op":
-                unit.receives = frozenset(i for i, slot in enumerate(unit.outputs) if slot.edge in edges)
         for node in self._reached:
             owner = self._owner_of_node.get(id(node))
-            if owner is None or id(node) not in received:
-                continue
-            if owner.call.kind == "op":
+            if owner is not None and owner.call.kind == "op" and id(node) in received:
                 owner.receives = frozenset(received[id(node)])
-            elif _is_copy_slices(node):  # written in place through a view: the view it returns stands for the base
-                owner.receives = frozenset(range(len(owner.outputs)))
+        for unit in self.units:
+            if unit.call.kind == "op":
+                continue
+            unit.receives = frozenset(i for i, slot in enumerate(unit.outputs) if slot.edge in edges)
+            if not entries.get(unit, set()) <= {slot.edge for slot in unit.outputs}:
+                # It came in at the base of a view that was returned and then written to: the view stands for it.
+                unit.receives = frozenset(i for i, slot in enumerate(unit.outputs) if slot.edge is not None)
 
     def _passes(self, node: Any, numbers: frozenset[int], defined: Defined) -> frozenset[int]:
         unit = self._owner_of_node.get(id(node))
         every = frozenset(range(len(node.next_functions)))
-        if unit is None or not (unit.call.kind == "function" or unit.call.recompute):
+        if unit is None or not _is_function(unit):
             return every
         gets = defined(unit, numbers)
         direct = [hole.index for hole in unit.call.direct_tensors]
@@ -392,6 +400,11 @@ def _enclosing_torch_call(calls: Iterable[Call], number: int) -> Call | None:
         if call.kind == "torch" and call.target is not None and call.first_node <= number < call.end_node:
             return call
     return None
+
+
+def _is_function(unit: Unit) -> bool:
+    """Whether user code decides which gradients it passes on."""
+    return unit.call.kind == "function" or unit.call.is_reentrant
 
 
 def _is_copy_slices(node: Any) -> bool:

@@ -240,28 +240,31 @@ def _lent(stage: Stage, unit: Unit, tensors: Sequence[Tensor]) -> AbstractContex
 
 
 def _cached_casts(unit: Unit, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Fill autocast's cache as the calls before this one did, by running it once; returns what it captured.
+    """Fill autocast's cache as the calls before this one did; returns what this one captured of it.
 
     Autocast keeps the cast of a weight that requires grad, so a later use captures it; a frozen weight is cast anew.
     """
     call = unit.call
-    casts: dict[int, Tensor] = {}
+    casts: list[Tensor] = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = op(*args, **(kwargs or {}))
-            if op is torch.ops.aten._to_copy.default:
-                casts[id(args[0])] = result
+            if op is torch.ops.aten._to_copy.default and args[0] is weight:
+                casts.append(result)
             return result
 
-    with Watch():  # type: ignore[no-untyped-call]
-        perform(call, tensors)
     found = list(tensors[len(call.inputs) :])
-    source = {bits: id(t) for bits, t, slot in zip(unit.behind, tensors, unit.inputs, strict=True) if slot.is_leaf}
+    source = {bits: t for bits, t, slot in zip(unit.behind, tensors, unit.inputs, strict=True) if slot.is_leaf}
     for position, bits in enumerate(unit.behind[len(call.inputs) :]):
-        cast = casts.get(source.get(bits, 0))
-        if cast is not None and cast.requires_grad and describe(cast) == call.captured[position].meta:
-            found[position] = cast
+        weight = source.get(bits)
+        if weight is None or not weight.requires_grad or weight.dim() == 0:
+            continue
+        casts.clear()
+        with Watch():  # type: ignore[no-untyped-call]
+            torch.matmul(weight, weight.new_empty(weight.shape[-1], 1))
+        if casts and describe(casts[0]) == call.captured[position].meta:
+            found[position] = casts[0]
     return found
 
 

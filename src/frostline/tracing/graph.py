@@ -277,7 +277,10 @@ class Graph:
                     for slot in call.inputs:
                         use(slot, around)
                 visit(call.children, (*around, call) if call.is_region else around)
-                visit(call.recompute[0].children if call.recompute else (), around)
+                for again in call.recompute:
+                    visit(again.children, around)
+                    for slot in again.outputs:
+                        use(slot, around)
 
         visit(self.tape.calls, ())
         if self.tape.loss is not None:

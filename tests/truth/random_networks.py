@@ -31,6 +31,9 @@ EXCLUDED = frozenset(
         "constant made inside a checkpoint",
         "loss kernel with a larger storage",
         "neutral factories",
+        "autocast inside a checkpoint",
+        "requires_grad_ inside a checkpoint",
+        "enable_grad inside a reentrant checkpoint",
         "checkpoint holds what the loss does not reach",
         "Function gives no gradient",
         "write to what attention returned",
@@ -824,6 +827,8 @@ def parameter(w: Writer, a: int, b: int, c: int, d: int) -> None:
 @change
 def change_values(w: Writer, a: int, b: int, c: int, d: int) -> str | None:
     name = w.writable(a)
+    if w.in_checkpoint and b == 15 and "requires_grad_ inside a checkpoint" in EXCLUDED:
+        return None
     return name and nth(("{}.mul_(0.5)", "{}.relu_()", "{}.add_(1)", "{}.tanh_()", "{}.zero_()", "{}.clamp_(min=0)",
                          "F.silu({}, inplace=True)", "F.dropout({}, 0.3, inplace=True)", "{}.neg_()", "{}.exp_()",
                          "{}.masked_fill_({} > 0, 0.5)", "F.leaky_relu({}, inplace=True)", "{}.normal_()",
@@ -923,11 +928,15 @@ def no_grad(w: Writer, draft: Draft) -> None:
 
 @block
 def enable_grad(w: Writer, draft: Draft) -> None:
+    if w.in_reentrant and "enable_grad inside a reentrant checkpoint" in EXCLUDED:
+        return
     _with(w, draft, "torch.enable_grad()", torch.enable_grad())
 
 
 @block
 def autocast(w: Writer, draft: Draft) -> None:
+    if w.in_checkpoint and "autocast inside a checkpoint" in EXCLUDED:
+        return
     before, w.autocast = w.autocast, draft.picks[0] % 3 != 2
     header = f'torch.autocast("cpu", torch.bfloat16, enabled={w.autocast})'
     _with(w, draft, header, torch.autocast("cpu", torch.bfloat16, enabled=w.autocast))

@@ -15,11 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frostline.probing.attribution import RanOp, Recording, storage_key
-from frostline.probing.replay import Receiver, Stage, perform, seed, stand_in
-from frostline.probing.shrinking import shrunk
+from frostline.probing.replay import Receiver, Stage, perform, seed
 from frostline.tracing.calls import NOWHERE, Call, Side, Slot, TensorHook, TensorMeta, describe, tensors_in
 from frostline.tracing.graph import Unit
 from frostline.tracing.recorder import autocast
+from frostline.tracing.stand_ins import shrunk_call, stand_in
 
 _REAL_LIMIT = 96 << 20  # bytes of tensors a probe may hold to be run for real
 _REAL_LIMIT_IN_DOUBT = 1 << 30  # ... where a fake kernel was seen to be wrong at a smaller size
@@ -102,7 +102,7 @@ def _confirmed(stage: Stage, unit: Unit, question: Question, found: Probe) -> Pr
     """Check on real tensors what a fake kernel said is saved; what is too large is checked at a smaller size."""
     forward_only = replace(question, receives=frozenset())
     if not _can_be_real(unit):
-        small = shrunk(unit)
+        small = _shrunk(unit)
         if small is not None and _can_be_real(small):
             real = _saved_for_real(stage, small, forward_only)
             if real is not None and real == _replay(stage, small, forward_only, real=False).held:
@@ -111,6 +111,14 @@ def _confirmed(stage: Stage, unit: Unit, question: Question, found: Probe) -> Pr
             return replace(found, confirmed=False)
     real = _saved_for_real(stage, unit, forward_only)
     return replace(found, confirmed=False) if real is None else replace(found, held=real)
+
+
+def _shrunk(unit: Unit) -> Unit | None:
+    """The same question on smaller tensors; None if the unit is not a plain op."""
+    if unit.call.kind != "op":
+        return None
+    call = shrunk_call(unit.call)
+    return replace(unit, call=call, inputs=call.inputs, outputs=call.outputs)
 
 
 def _saved_for_real(stage: Stage, unit: Unit, question: Question) -> tuple[Held, ...] | None:

@@ -19,24 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from frostline.probing.attribution import Recording
-from frostline.tracing.calls import Call, TensorMeta, fill, tensors_in
+from frostline.tracing.calls import Call, fill, tensors_in
 from frostline.tracing.recorder import autocast
-
-_STRIDED = torch.strided
-
-
-def stand_in(meta: TensorMeta, *, real: bool = False) -> Tensor:
-    """A tensor with the metadata of one in the trace.
-
-    Call it under the fake mode for a tensor without memory. Real ones hold zeros (integers) or ones (the rest).
-    """
-    if meta.layout is not _STRIDED:
-        return torch.empty(meta.shape, dtype=meta.dtype, layout=meta.layout, device=meta.device)
-    tensor = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=meta.device)
-    if real and tensor.numel():
-        every = torch.empty(0, dtype=meta.dtype, device=meta.device).set_(tensor.untyped_storage())
-        every.fill_(1 if meta.dtype.is_floating_point or meta.dtype.is_complex else 0)
-    return tensor
+from frostline.tracing.stand_ins import stand_in
 
 
 class _Seed(torch.autograd.Function):

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from frostline.probing.replay import stand_in
-from frostline.probing.shrinking import shrunk_call
 from frostline.tracing.calls import Call, fill, is_view, tensors_in
+from frostline.tracing.stand_ins import shrunk_call, stand_in
 
 _REAL_LIMIT = 1 << 30  # bytes of tensors that one op may be given to be run for real
 _trusted: dict[Any, bool] = {}

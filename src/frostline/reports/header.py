@@ -77,10 +77,10 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _modes(trace: Trace) -> str:
-    modules = [(name, m.training) for name, m in trace.model.named_modules()]
+    modules = trace.modes
     if len({training for _, training in modules}) == 1:
         return "train mode" if modules[0][1] else "eval mode"
-    mode = trace.model.training
+    mode = modules[0][1]
     other = [name for name, training in modules if training is not mode and name]
     return (
         f"mixed modes: {'train' if mode else 'eval'}, but {len(other)} of {len(modules)} modules in "
@@ -126,7 +126,7 @@ def _attention(trace: Trace) -> list[str]:
             kernels["math"] += 1
         elif fused and (call.kind == "op" or called == "scaled_dot_product_attention"):
             kernels.update(_kernel_name(n) for n in fused)
-        elif call.kind in ("torch", "checkpoint", "function"):
+        elif call.kind != "op":
             calls.extend(call.children)
             if called == "softmax" and _follows_matmul(call, trace):
                 kernels["written out (matmul, softmax)"] += 1

@@ -38,6 +38,7 @@ from frostline.tracing.calls import (
     written,
 )
 from frostline.tracing.interception import is_reentrant_checkpoint, observed_by
+from frostline.tracing.layouts import with_true_layout
 
 _set_requires_grad = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 _FEW = 1 << 16  # elements of integer tensors whose values are kept
@@ -374,8 +375,12 @@ class _DispatchMode(TorchDispatchMode):
             storage = recorder.storage_of(tensor, side)
             recorder.sides[storage] = max(recorder.sides[storage], side)
         recorder.end(call, result, side)
-        for slot in call.outputs:
-            recorder.own.add(slot.storage)
+        laid_out = with_true_layout(call, result) if self.fake else result
+        if laid_out is not result:
+            call.outputs.clear()
+            result = laid_out
+            recorder.end(call, result, side)
+        recorder.own.update(slot.storage for slot in call.outputs)
         recorder.current.children.append(call)
         return result
 

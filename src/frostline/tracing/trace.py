@@ -141,6 +141,7 @@ class Trace:
 
     Attributes:
         model: the traced model, unchanged.
+        modes: each module's name and whether it was in train mode, as traced.
         forward: ``"fake"`` (nothing was computed) or ``"real"`` (one real forward, keeping metadata only).
         notes: what a reader of the figures should know.
     """
@@ -150,6 +151,7 @@ class Trace:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.modes = [(name, module.training) for name, module in self.model.named_modules()]
         everything = frozenset(
             n for n, p in enumerate(self.rehearsal.parameters.values()) if p.is_floating_point() or p.is_complex()
         )

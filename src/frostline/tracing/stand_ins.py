@@ -1,22 +1,30 @@
-"""The same call on smaller tensors: to check a fake kernel where the real one would take too much memory."""
+"""Tensors that stand for those of a trace, and smaller ones where the kernels themselves are to be asked."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from frostline.tracing.calls import Call, Slot, TensorMeta
-from frostline.tracing.graph import Unit
 
-_KEEP = 64  # sizes up to this stay as they are
+_KEEP = 64  # sizes up to this stay as they are when a call is shrunk
 
 
-def shrunk(unit: Unit) -> Unit | None:
-    """``unit`` on smaller tensors (see `shrunk_call`); None if it is not a plain op."""
-    if unit.call.kind != "op":
-        return None
-    call = shrunk_call(unit.call)
-    return replace(unit, call=call, inputs=call.inputs, outputs=call.outputs)
+def stand_in(meta: TensorMeta, *, real: bool = False) -> Tensor:
+    """A tensor with the metadata of one in the trace.
+
+    Call it under the fake mode for a tensor without memory. Real ones hold zeros (integers) or ones (the rest).
+    """
+    if meta.layout is not torch.strided:
+        return torch.empty(meta.shape, dtype=meta.dtype, layout=meta.layout, device=meta.device)
+    tensor = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=meta.device)
+    if real and tensor.numel():
+        every = torch.empty(0, dtype=meta.dtype, device=meta.device).set_(tensor.untyped_storage())
+        every.fill_(1 if meta.dtype.is_floating_point or meta.dtype.is_complex else 0)
+    return tensor
 
 
 def shrunk_call(call: Call) -> Call:

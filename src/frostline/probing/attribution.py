@@ -7,7 +7,7 @@ it is a gradient towards. Results are followed through their storages, so that v
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -91,6 +91,18 @@ class Recording(TorchDispatchMode):
     def side_of(self, tensor: Tensor) -> Side:
         key = storage_key(tensor)
         return Side.DATA if key is None else self._storage_sides.get(key, Side.DATA)
+
+    def on_module(self, module: Any, run: Any) -> Any:
+        return run()
+
+    def on_apply(self, cls: type, args: tuple[Any, ...], run: Any) -> Any:
+        """A Function that runs in the replay: what its slots stand for is said by its arguments."""
+        result = run(*args)
+        self.note_function(args, result)
+        return result
+
+    def checkpoint_region(self, *_: Any) -> Any:
+        return nullcontext()
 
     def note_function(self, arguments: Sequence[Any], result: Any) -> None:
         """Say which tensors went into a Function's node: its slots are theirs, wanted or not."""

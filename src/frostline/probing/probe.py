@@ -18,6 +18,7 @@ from frostline.probing.attribution import RanOp, Recording, storage_key
 from frostline.probing.replay import Receiver, Stage, perform, seed
 from frostline.tracing.calls import NOWHERE, Call, Side, Slot, TensorHook, TensorMeta, describe, tensors_in
 from frostline.tracing.graph import Unit
+from frostline.tracing.interception import observed_by
 from frostline.tracing.recorder import autocast
 from frostline.tracing.stand_ins import shrunk_call, stand_in
 
@@ -140,20 +141,17 @@ def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Prob
             tensors[len(call.inputs) :] = _cached_casts(unit, tensors)
         input_keys = [storage_key(t) for t in tensors]
         recording.follow(tensors, [slot.side for slot in unit.inputs])
-        with _lent(stage, unit, tensors), recording:
+        with _lent(stage, unit, tensors), observed_by(recording), recording:
             recording.listening = call.varies
             result = perform(call, tensors, recording)
             recording.listening = False
-            if call.kind == "function":
-                recording.note_function([tensors[h.index] for h in call.direct_tensors], result)
             forward = recording.take()
             outputs = list(tensors_in(result))
             output_keys = [storage_key(t) for t in outputs]
             edges, shapes = _roots(call, outputs, question.receives)
             nodes = [t.grad_fn for t in outputs if t.grad_fn is not None]
             del result, outputs, tensors
-            if call.autocast:
-                torch.clear_autocast_cache()
+            torch.clear_autocast_cache()  # (nested contexts clear it only when the outermost ends)
             held = _survivors(recording, input_keys, output_keys, inputs.leaves, is_user_code=call.kind != "op")
             refusal = ""
             if edges and question.mask:

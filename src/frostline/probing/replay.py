@@ -127,8 +127,6 @@ def interpret(calls: Sequence[Call], values: dict[int, Any], recording: Recordin
         tensors = [values[s.value] if s.value in values else stand_in(s.meta) for s in slots]  # (torch.tensor(...))
         with torch.set_grad_enabled(call.grad_enabled and torch.is_grad_enabled()):
             result = perform(call, tensors, recording)
-        if call.kind == "function" and recording is not None:
-            recording.note_function([tensors[hole.index] for hole in call.direct_tensors], result)
         for slot, tensor in zip(call.outputs, tensors_in(result), strict=True):
             values[slot.value] = tensor
 

@@ -267,16 +267,14 @@ class Graph:
 
         def visit(calls: Iterable[Call], around: tuple[Call, ...]) -> None:
             for call in calls:
-                if call.kind == "op":
-                    for slot in call.inputs:
+                if call.kind != "torch" or call.opaque:
+                    for slot in (*call.inputs, *call.captured):
                         use(slot, around)
+                if call.is_region or (call.kind == "torch" and not call.opaque):
+                    visit(call.children, (*around, call) if call.is_region else around)
+                else:  # replayed as one call: only what it returns can be used
                     for slot in call.outputs:
                         made_in.setdefault(slot.value, around)
-                    continue
-                if call.kind != "torch":
-                    for slot in call.inputs:
-                        use(slot, around)
-                visit(call.children, (*around, call) if call.is_region else around)
                 for again in call.recompute:
                     visit(again.children, around)
                     for slot in again.outputs:

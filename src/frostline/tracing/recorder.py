@@ -164,6 +164,10 @@ class Recorder:
             self.sides.append(side)
         return number
 
+    def is_known(self, tensor: Tensor) -> bool:
+        """Whether a tensor that is not fake holds what it would in a real run."""
+        return self.storage_of(tensor, Side.DATA) not in self.unknown
+
     def edge_of(self, tensor: Tensor) -> Edge | None:
         if not tensor.requires_grad:
             return None
@@ -366,7 +370,7 @@ class _DispatchMode(TorchDispatchMode):
         given = call.inputs
         result = self._run_for_real(op, args, kwargs, given) if self.fake else NotImplemented
         if result is NotImplemented:
-            result = op(*args, **kwargs)
+            result = op(*(self._known_masks_as_indices(op, args) if self.fake else args), **kwargs)
         for position, part in aliases(op, result):
             if position < len(args) and isinstance(args[position], Tensor):
                 recorder.alias(part, recorder.storage_of(args[position], Side.DATA))
@@ -383,6 +387,20 @@ class _DispatchMode(TorchDispatchMode):
         recorder.own.update(slot.storage for slot in call.outputs)
         recorder.current.children.append(call)
         return result
+
+    def _known_masks_as_indices(self, op: Any, args: Any) -> Any:
+        """Boolean indices whose values are known, as the positions they stand for: the result then has a shape."""
+        if op._schema.name not in _INDEXED or not isinstance(args[1], (list, tuple)):
+            return args
+        indices: list[Any] = []
+        for index in args[1]:
+            known = isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+            if known and index.dim() and not isinstance(index, FakeTensor) and self.recorder.is_known(index):
+                with unset_fake_temporarily():
+                    indices.extend(index.nonzero().unbind(1))
+            else:
+                indices.append(index)
+        return (args[0], indices, *args[2:])
 
     def _run_for_real(self, op: Any, args: Any, kwargs: Any, given: list[Slot]) -> Any:
         """Ops on values that are known (the batch's ids and masks, and what factories make) run for real.
@@ -408,6 +426,7 @@ class _DispatchMode(TorchDispatchMode):
 
 
 _FRESH = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
+_INDEXED = {"aten::index", "aten::index_put", "aten::index_put_"}
 _UNWRITTEN = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
 _SIZED_FACTORIES = {"aten::zeros", "aten::ones", "aten::full"}
 _OTHER_FACTORIES = {"aten::arange", "aten::scalar_tensor", "aten::linspace", "aten::eye"}

@@ -79,12 +79,11 @@ def sum_loss(outputs: Any) -> Tensor:
 
 def wants_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the model computes its own loss from labels (as Hugging Face models do) and was given none."""
-    if kwargs.get("labels") is not None:
+    parameters = list(inspect.signature(model.forward).parameters)
+    name = next((label for label in ("labels", "start_positions") if label in parameters), None)
+    if name is None or not hasattr(model, "config") or kwargs.get(name) is not None:
         return False
-    parameters = inspect.signature(model.forward).parameters
-    if "labels" not in parameters or not hasattr(model, "config"):
-        return False
-    return len(args) <= list(parameters).index("labels")
+    return len(args) <= parameters.index(name)
 
 
 def made_up_labels(model: nn.Module, kwargs: dict[str, Any], args: tuple[Any, ...], outputs: Any) -> dict[str, Tensor]:
@@ -96,8 +95,9 @@ def made_up_labels(model: nn.Module, kwargs: dict[str, Any], args: tuple[Any, ..
         if starts is not None:
             zeros = torch.zeros(starts.shape[0], dtype=torch.int64)
             return {"start_positions": zeros, "end_positions": zeros.clone()}
-        if first is None:
-            raise TraceError("no labels could be made up: the model was given no tensors")
+        first = kwargs.get("decoder_input_ids", first)
+        if first is None or first.is_floating_point():
+            raise TraceError("no labels could be made up for these inputs: pass labels, or loss=")
         return {"labels": torch.zeros(first.shape, dtype=torch.int64)}
     logits = outputs.logits
     shape, device = tuple(logits.shape), None

@@ -123,15 +123,14 @@ def _labels(rehearsal: Rehearsal) -> dict[str, Tensor]:
         seen.append(model(*args, **kwargs))
         return torch.zeros(())
 
-    try:
-        replace(rehearsal, run=look).tape(frozenset())
-    except Exception:
-        if not getattr(getattr(rehearsal.model, "config", None), "is_encoder_decoder", False):
-            try:
-                replace(rehearsal, run=look, real=True).tape(frozenset())
-            except Exception:  # the traced run will say what is wrong
-                return {}
-        seen.append(None)
+    for real in (False, True):
+        if real and any(p.device.type == "meta" for p in rehearsal.parameters.values()):
+            break
+        try:
+            replace(rehearsal, run=look, real=real).tape(frozenset())
+            break
+        except Exception:  # it may need labels to run at all, or values; the traced run will say what is wrong
+            seen.clear()
     return made_up_labels(rehearsal.model, rehearsal.kwargs, rehearsal.args, seen[-1] if seen else None)
 
 

@@ -26,9 +26,7 @@ from torch.utils.checkpoint import checkpoint
 EXCLUDED = frozenset(
     {
         "reentrant checkpoint captures a tensor",
-        "boolean mask as index",
         "nested checkpoint captures a tensor",
-        "autocast inside a checkpoint",
         "requires_grad_ inside a checkpoint",
         "enable_grad inside a reentrant checkpoint",
         "checkpoint holds what the loss does not reach",
@@ -85,7 +83,7 @@ class Hoarder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs_x, needs_y = ctx.needs_input_grad
+        _, needs_y = ctx.needs_input_grad
         return 2 * ctx.squared.sqrt() * (grad @ ctx.y.mT), ctx.squared.mT @ grad if needs_y else None
 
 
@@ -414,7 +412,7 @@ class Writer:
                 self.lines.pop()
 
 
-# Ops: (writer, four numbers) -> an expression, or None where nothing fits ----------------------------------------------
+# Ops: (writer, four numbers) -> an expression, or None where nothing fits ---------------------------------------------
 
 Op = Callable[[Writer, int, int, int, int], "str | None"]
 OPS: dict[str, Op] = {}
@@ -689,8 +687,6 @@ def lookup(w: Writer, a: int, b: int, c: int, d: int) -> str | None:
         return None
     rows = w.tensor(table).shape[0]
     ids = nth(("torch.tensor([0, 1, 1])", "torch.tensor([[0, 2], [1, 1]])", "torch.tensor([0])"), c)
-    if "boolean mask as index" in EXCLUDED:
-        c = 0
     if w.tensor(table).dim() == 2 and d % 2:
         return f"F.embedding({ids} % {rows}, {table})"
     return nth((f"{table}[{ids} % {rows}]", f"{table}.index_select(0, torch.tensor([0, {rows - 1}]))",
@@ -851,8 +847,6 @@ def enable_grad(w: Writer, draft: Draft) -> None:
 
 @block
 def autocast(w: Writer, draft: Draft) -> None:
-    if w.in_checkpoint and "autocast inside a checkpoint" in EXCLUDED:
-        return
     before, w.autocast = w.autocast, draft.picks[0] % 3 != 2
     header = f'torch.autocast("cpu", torch.bfloat16, enabled={w.autocast})'
     _with(w, draft, header, torch.autocast("cpu", torch.bfloat16, enabled=w.autocast))
@@ -872,6 +866,8 @@ def checkpointed(w: Writer, draft: Draft) -> None:
     reentrant = kind == "use_reentrant=True"
     protected = set(w.protected)
     w.protected |= {w.tensor(name).untyped_storage()._cdata for name in names}
+    if "checkpoint holds what the loss does not reach" in EXCLUDED:
+        w.names = [name for name in w.names if _usable(w.tensor(name)) and w.tensor(name).grad_fn is None]
     if w.in_checkpoint and "nested checkpoint captures a tensor" in EXCLUDED:
         w.names = [name for name in w.names if name.startswith("self.")]
     if reentrant and "reentrant checkpoint captures a tensor" in EXCLUDED:

@@ -140,10 +140,12 @@ class Graph:
 
     def _walk(self) -> list[Any]:
         """Every node reachable from the loss."""
-        if self._root is None:
-            return []
-        seen = {id(self._root[0])}
-        order = [self._root[0]]
+        return [] if self._root is None else self._below([self._root[0]], set())
+
+    def _below(self, roots: list[Any], seen: set[int]) -> list[Any]:
+        """The nodes that can be reached from ``roots``, but for those already ``seen`` (by id)."""
+        order = [node for node in roots if id(node) not in seen]
+        seen.update(map(id, order))
         for node in order:
             for fn, _ in node.next_functions:
                 if fn is not None and id(fn) not in seen:
@@ -154,13 +156,13 @@ class Graph:
 
     def _select_units(self) -> None:
         calls = list(units_of(self.tape.calls))
-        owners = self._match(calls)
+        owners = self._match(calls, self._reached)
         enclosing = [owner for owner in self._orphans if owner is not None]
         if enclosing:  # a node made by no op (a C++ autograd function): probe the torch call around it as a whole
             for call in enclosing:
                 call.opaque = True
             calls = list(units_of(self.tape.calls))
-            owners = self._match(calls)
+            owners = self._match(calls, self._reached)
         self.unmatched = self._unexplained
         self.units = [self._unit(call, index) for index, call in enumerate(calls)]
         self._owner_of_node = {node: self.units[index] for node, index in owners.items()}
@@ -168,8 +170,26 @@ class Graph:
             unit = self._owner_of_node.get(id(node))
             if unit is not None:
                 unit.held = True
+        self.holds_beyond = self._hold_what_checkpoints_keep(calls)
         self._find_region_outputs()
         self.forced_leaves = self._forced_leaves()
+
+    def _hold_what_checkpoints_keep(self, calls: list[Call]) -> bool:
+        """Mark as held what is alive only because a checkpoint keeps a tensor, and the tensor its graph.
+
+        Returns whether there is any: whether it is held then depends on more flags than its own.
+        """
+        kept = [
+            self.recorder.nodes[slot.edge[0]]
+            for unit in self.units
+            if unit.held and unit.call.kind == "checkpoint" and unit.call.is_region
+            for slot in unit.inputs
+            if slot.edge is not None and slot.edge[0] >= 0
+        ]
+        beyond = self._below(kept, set(map(id, self._reached)))
+        for index in self._match(calls, beyond).values():
+            self.units[index].held = True
+        return bool(beyond)
 
     def _forced_leaves(self) -> list[tuple[int, int]]:
         """Tensors that are leaves though no parameters: (what would make them no leaf, their storage).
@@ -191,7 +211,7 @@ class Graph:
                     found[edge] = (self._behind(self.recorder.nodes[edge[0]]), slot.storage)
         return list(found.values())
 
-    def _match(self, calls: list[Call]) -> dict[int, int]:
+    def _match(self, calls: list[Call], nodes: list[Any]) -> dict[int, int]:
         """Which unit made each reached node: by autograd's sequence numbers."""
         made_by: dict[int, int] = {}
         starts: list[int] = []
@@ -215,7 +235,7 @@ class Graph:
         owners: dict[int, int] = {}
         self._orphans: list[Call | None] = []
         self._unexplained: list[str] = []
-        for node in self._reached:
+        for node in nodes:
             if not node.next_functions and hasattr(node, "variable"):
                 continue
             number = node._sequence_nr()

@@ -169,6 +169,8 @@ class Trace:
             )
         self.diverges = self._compare_with_frozen()
         self.graph = Graph(self.tape_on)
+        if self.graph.holds_beyond and not self.diverges:
+            self.diverges = "a checkpoint keeps an activation whose graph the loss reaches no other way"
 
     def _first_tape(self, everything: frozenset[int]) -> Tape:
         tape, note = self.record(everything)

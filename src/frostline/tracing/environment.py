@@ -68,19 +68,31 @@ def _pairs(value: Any, copied: Any) -> Iterator[tuple[Any, Any]]:
         yield None, value
 
 
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Restore the random number generators of torch (every device in use), NumPy and Python."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+def rng_state() -> tuple[Any, ...]:
+    """The state of the random number generators of Python, NumPy and torch (every device in use)."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.random.get_rng_state(), cuda
+
+
+def set_rng_state(state: tuple[Any, ...]) -> None:
+    """Put every generator where `rng_state` found it."""
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.random.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def drawing_from(state: tuple[Any, ...]) -> Iterator[None]:
+    """Draw random numbers as from ``state``, and leave the generators as they were."""
+    before = rng_state()
+    set_rng_state(state)
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.random.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        set_rng_state(before)
 
 
 @contextmanager

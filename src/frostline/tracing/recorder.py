@@ -175,7 +175,7 @@ class Recorder:
             node = tensor.grad_fn
         except RuntimeError:  # a view of something written to since: autograd would refuse to use it
             return None
-        if node is None and tensor._is_view() and not isinstance(tensor, nn.Parameter):
+        if node is None and tensor._base is not None and tensor._base.requires_grad:
             return NOWHERE
         if node is None:
             return (-1, self._leaf(tensor))

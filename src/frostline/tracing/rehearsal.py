@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frostline.errors import TraceError
 from frostline.tracing.calls import Side, tensors_in
-from frostline.tracing.environment import preserved_rng, swapped
+from frostline.tracing.environment import drawing_from, rng_state, swapped
 from frostline.tracing.graph import Tape
 from frostline.tracing.recorder import Recorder, let_go, recording
 from frostline.tracing.step import map_tensors
@@ -42,13 +42,14 @@ class Rehearsal:
     parameters: dict[str, nn.Parameter]
     fake_mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
     real: bool = False
+    rng: tuple[Any, ...] = field(default_factory=rng_state)  # every tape draws the same random numbers
 
     def tape(self, trainable: frozenset[int]) -> Tape:
         """Record one run in which exactly the parameters numbered in ``trainable`` require grad."""
         names = {id(module): name for name, module in self.model.named_modules()}
         recorder = Recorder(keep=not self.real, module_names=names)
         lender = _Lender(self, trainable)
-        with preserved_rng(), lender.lent(), ExitStack() as stack:
+        with drawing_from(self.rng), lender.lent(), ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())

@@ -989,27 +989,20 @@ class Example:
         return list(map(list, dict.fromkeys(map(tuple, chosen))))
 
 
-PICKS = 4
-CHOICES = 36  # of each pick
-
-
-def decode(code: int) -> tuple[int, ...]:
-    return tuple(code // CHOICES**i % CHOICES for i in range(PICKS))
-
-
-@st.composite
-def draft(draw: st.DrawFn, depth: int) -> Draft:
-    """One instruction, in as few choices as can be: hypothesis takes away a few neighbouring ones at a time."""
-    name = draw(st.sampled_from(DRAFTED + list(BLOCKS) * (3 if depth else 0)))
-    picks = decode(draw(st.integers(0, CHOICES**PICKS - 1)))
-    body = draw(st.lists(draft(depth - 1), min_size=1, max_size=4)) if name in BLOCKS else []
-    return Draft(name, picks, tuple(body))
+def drafts(depth: int = 2, least: int = 0, most: int = 16) -> st.SearchStrategy[list[Draft]]:
+    picks = st.tuples(*[st.integers(0, 35)] * 4)
+    plain = st.builds(Draft, st.sampled_from(DRAFTED), picks)
+    if depth == 0:
+        return st.lists(plain, min_size=least, max_size=most)
+    body = drafts(depth - 1, 1, 4).map(tuple)
+    blocks = st.builds(Draft, st.sampled_from(list(BLOCKS)), picks, body)
+    return st.lists(st.one_of(plain, plain, plain, plain, blocks), min_size=least, max_size=most)
 
 
 def examples() -> st.SearchStrategy[Example]:
     return st.builds(
         Example,
-        st.lists(draft(depth=2), min_size=4, max_size=16).map(tuple),
+        drafts(least=4).map(tuple),
         st.lists(st.sampled_from(INPUTS), min_size=1, max_size=3).map(tuple),
         st.lists(st.integers(0, 35), min_size=1, max_size=4).map(tuple),
         st.tuples(st.integers(0, 2**16 - 1), st.integers(0, 2**16 - 1)),

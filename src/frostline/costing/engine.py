@@ -233,10 +233,10 @@ class Ledger:
             return
         elsewhere = max((side for side in op.sides if side is not None), default=Side.DATA)
         for count, side in zip(counts, op.sides, strict=True):
-            if (elsewhere if side is None else side) is Side.WEIGHT:
-                entry.grad_weight_flops += count
-            else:  # towards data, or towards a constant that was made to need a gradient
+            if (elsewhere if side is None else side) is Side.DATA:
                 entry.grad_input_flops += count
+            else:
+                entry.grad_weight_flops += count
 
     # -- a subset ------------------------------------------------------------------------------------------------------
 

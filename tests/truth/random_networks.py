@@ -280,6 +280,7 @@ class Writer:
         self.changes = 0
         self.banned = banned
         self.protected: set[int] = set()  # storages that must not be written to here
+        self.storages: list[Any] = []  # all that were seen: an address used again would protect another
         self.autocast = False
         self.wanted: list[str] = []  # tensors to be in the loss
         self.in_checkpoint = self.in_reentrant = False
@@ -352,13 +353,12 @@ class Writer:
         tensor = self.tensor(name)
         if not _usable(tensor) or not tensor.requires_grad or tensor.grad_fn is None:
             return True
-        leaf = torch.zeros((), requires_grad=True)
         try:
-            torch.autograd.grad(
-                tensor.sum() + leaf, [leaf, *self.model.parameters()], retain_graph=True, allow_unused=True
-            )
+            torch.autograd.backward(tensor.sum(), retain_graph=True)
         except RuntimeError:
             return False
+        finally:
+            self.model.zero_grad()
         return True
 
     def say(self, source: str, *names: str, keep: bool = True) -> bool:
@@ -393,6 +393,7 @@ class Writer:
         return 0 < value.numel() <= MOST_ELEMENTS and not stripped
 
     def _remember(self, name: str, tensor: Tensor) -> None:
+        self.storages.append(tensor.untyped_storage())
         if not name.startswith("self."):
             self.namespace[name] = tensor
         if tensor.is_floating_point():

@@ -67,3 +67,24 @@ class FourierLayer(nn.Module):
 @case()
 def complex_fourier() -> Case:
     return Case(FourierLayer(), torch.randn(3, 8), mean_square)
+
+
+class Spectrum(nn.Module):
+    """Complex weights, and views that torch conjugates or negates only where a kernel needs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(5, 5, dtype=torch.complex64))
+        self.filters = nn.Parameter(torch.randn(5, 3, dtype=torch.complex64))
+        self.scale, self.head = nn.Parameter(torch.randn(3)), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(x) @ self.mix
+        power = (spectrum * spectrum.conj()).real @ self.filters.abs()
+        phase = (spectrum @ self.filters).conj().imag
+        return self.head(power + phase * self.scale)
+
+
+@case()
+def complex_spectrum() -> Case:
+    return Case(Spectrum(), torch.randn(4, 8), mean_square)

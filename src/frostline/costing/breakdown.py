@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from frostline.costing.engine import Entry
+from frostline.costing.entry import Entry, numbers_in
 from frostline.costing.optimizers import OptimizerModel, SparseGradientsRefused, optimizer_model
 from frostline.tracing.calls import Side, is_view
 from frostline.tracing.graph import Unit
@@ -92,7 +92,7 @@ def by_op(cost: Cost) -> list[Row]:
             continue
         for bits, slot in zip(unit.behind, unit.inputs, strict=True):
             if slot.is_leaf or slot.side is Side.WEIGHT:
-                for number in _numbers(bits):
+                for number in numbers_in(bits):
                     first_use.setdefault(number, name)
     numbering = cost.trace.parameter_numbers
     parts += [(first_use.get(numbering[name], TOP_LEVEL), row) for name, row in _parameter_rows(cost)]
@@ -137,7 +137,7 @@ def _grad_weight_shares(cost: Cost, unit: Unit, total: int) -> Iterator[tuple[st
     for bits, slot in zip(unit.behind, unit.inputs, strict=True):
         behind |= bits & asked if slot.side is not Side.DATA or unit.call.kind != "op" else 0
     behind &= (1 << len(names)) - 1
-    candidates = list(_numbers(behind))
+    candidates = list(numbers_in(behind))
     if len(candidates) == 1:
         yield names[candidates[0]], total
         return
@@ -257,10 +257,3 @@ def _module_of(unit: Unit) -> str:
             same += 1
         common = common[:same]
     return ".".join(common)
-
-
-def _numbers(bits: int) -> Iterator[int]:
-    while bits:
-        low = bits & -bits
-        yield low.bit_length() - 1
-        bits ^= low

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from frostline.costing.engine import Entry, Ledger
+from frostline.costing.engine import Ledger
+from frostline.costing.entry import Entry
 from frostline.costing.optimizers import OptimizerModel, SparseGradientsRefused, optimizer_model
+from frostline.costing.rerun import Rerun
 from frostline.errors import FrostlineError, TraceError
 from frostline.subsets import Subset, resolve
 from frostline.tracing.calls import is_view
@@ -76,7 +78,7 @@ class Cost:
     peak_bytes: int | None = None
     step_seconds: float | None = None
     trace: Trace = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
-    _flags: tuple[Ledger, int, int | None] = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+    _flags: tuple[Ledger | Rerun, int, int | None] = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
 
     @property
     def backward_flops(self) -> int:
@@ -159,34 +161,34 @@ def cost(trace: Trace, train: Any, method: str, optimizer: Any) -> Cost:
     numbering = trace.parameter_numbers
     numbers = frozenset([numbering[name] for name in subset.names])
     engine = trace._coster
-    ledger, sums, retraced, forward, backward = engine.evaluate(numbers, method)
+    ledger, sums, forward, backward = engine.evaluate(numbers, method)
     if sums.refusal:
         raise FrostlineError(f"torch refuses method {method!r} for this model: {sums.refusal}")
     trained = [n for n in sorted(numbers) if sums.trained >> n & 1]
     if not trained:
         raise TraceError(_cut(trace, subset))
-    return _assemble(trace, subset, method, keeps, optimizer, ledger, sums, retraced, trained, (forward, backward))
+    return _assemble(trace, subset, method, keeps, optimizer, ledger, sums, trained, (forward, backward))
 
 
 def _assemble(
-    trace: Trace, subset: Subset, method: str, keeps: OptimizerModel, optimizer: Any, ledger: Ledger, sums: Entry,
-    retraced: bool, trained: list[int], flags: tuple[int, int | None],
+    trace: Trace, subset: Subset, method: str, keeps: OptimizerModel, optimizer: Any, ledger: Ledger | Rerun,
+    sums: Entry, trained: list[int], flags: tuple[int, int | None],
 ) -> Cost:  # fmt: skip
     parameters = trace.parameter_list
     gets_grad = [n for n in range(len(parameters)) if sums.trained >> n & 1]
     uncounted: dict[str, list[str]] = {}
     for op, module in sorted(sums.uncounted):
         uncounted.setdefault(op, []).append(module)
-    for node in ledger.graph.unmatched:
+    for node in trace.graph.unmatched:
         uncounted.setdefault(f"autograd node {node}", []).append("")
     notes = [*trace.notes]
-    if retraced:
-        notes.append(f"traced again for this subset: {trace.diverges}")
+    if trace.entangled:
+        notes.append(f"run again as a whole for this subset: {trace.entangled}")
     unreached = tuple([n for n in subset.names if trace.parameter_numbers[n] not in trained])
     sparse = _sparse_gradients(sums)
     dense = trace.gradient_bytes
     optimizer_bytes: int | None = 0
-    basis = _basis(trace, ledger, sums)
+    basis = _basis(trace, sums)
     try:
         known = trace.optimizer_tables.setdefault(keeps, {})
         for n in trained:
@@ -227,7 +229,7 @@ def _sparse_gradients(sums: Entry) -> dict[int, int]:
     return found
 
 
-def _basis(trace: Trace, ledger: Ledger, sums: Entry) -> dict[str, str]:
+def _basis(trace: Trace, sums: Entry) -> dict[str, str]:
     how = "exact"
     if trace.assumptions:
         how = f"assumed: {'; '.join(trace.assumptions)}"
@@ -235,8 +237,8 @@ def _basis(trace: Trace, ledger: Ledger, sums: Entry) -> dict[str, str]:
     basis["parameter_bytes"] = "exact"
     basis["moved_bytes"] = "predicted"
     basis["peak_bytes"] = basis["step_seconds"] = "not predicted yet"
-    if ledger.graph.unmatched:
-        seen = ", ".join(sorted(set(ledger.graph.unmatched)))
+    if trace.graph.unmatched:
+        seen = ", ".join(sorted(set(trace.graph.unmatched)))
         for figure in ("grad_input_flops", "grad_weight_flops", "backward_flops", "step_flops", "saved_bytes"):
             basis[figure] = f"incomplete: autograd nodes that no recorded op explains ({seen})"
     if sums.unconfirmed and how == "exact":
@@ -264,7 +266,7 @@ def _cut(trace: Trace, subset: Subset) -> str:
     numbers = [trace.parameter_numbers[name] for name in subset.names]
     bits = sum(1 << n for n in numbers)
     last = None
-    for unit in trace._coster.ledger.units:
+    for unit in trace.graph.units:
         if any(b & bits for b in unit.behind) and not (unit.call.kind == "op" and is_view(unit.call.target)):
             last = unit
     names = ", ".join(subset.names[:3]) + (", ..." if len(subset.names) > 3 else "")

@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from frostline.costing.formulas import flops
-from frostline.probing.attribution import RanOp
+from frostline.costing.entry import Entry, backward_flops, bits_of, charge, op_cost
+from frostline.costing.rerun import Rerun
+from frostline.errors import FrostlineError
 from frostline.probing.probe import Probe, Question, probe_hook
 from frostline.probing.replay import Stage
 from frostline.probing.sizes import true_sizes
 from frostline.probing.store import ProbeStore
-from frostline.tracing.calls import Call, Side, TensorMeta, fill, freeze, is_view
 from frostline.tracing.graph import Graph, Unit
 
 if TYPE_CHECKING:
@@ -29,36 +28,6 @@ if TYPE_CHECKING:
     from frostline.tracing.trace import Trace
 
 State = tuple[bool, ...]
-
-
-@dataclass(slots=True)
-class Entry:
-    """What some units cost under one state of their flags. All additive but ``held`` and ``trained``, which unite."""
-
-    forward_flops: int = 0
-    grad_input_flops: int = 0
-    grad_weight_flops: int = 0
-    recompute_flops: int = 0
-    moved_bytes: int = 0
-    held: int = 0  # storages, a bit each
-    trained: int = 0  # parameters that got a gradient, a bit each
-    uncounted: frozenset[tuple[str, str]] = frozenset()  # (op, module)
-    unconfirmed: frozenset[str] = frozenset()
-    refusal: str = ""
-    sparse: tuple[tuple[int, int], ...] = ()  # (parameter, bytes) of gradients that are sparse
-
-    def add(self, other: Entry) -> None:
-        self.forward_flops += other.forward_flops
-        self.grad_input_flops += other.grad_input_flops
-        self.grad_weight_flops += other.grad_weight_flops
-        self.recompute_flops += other.recompute_flops
-        self.moved_bytes += other.moved_bytes
-        self.held |= other.held
-        self.trained |= other.trained
-        self.uncounted |= other.uncounted
-        self.unconfirmed |= other.unconfirmed
-        self.refusal = self.refusal or other.refusal
-        self.sparse += other.sparse
 
 
 @dataclass(slots=True)
@@ -100,7 +69,7 @@ class Ledger:
         for hook, behind in self.graph.hooks:
             entry = Entry(held=self._bits_of_storages(slot.storage for slot in hook.closed_over))
             ops = probe_hook(self.store.stage, hook)
-            counts = [None] if ops is None else [_backward_flops(op) for op in ops]
+            counts = [None] if ops is None else [backward_flops(op) for op in ops]
             if any(count is None for count in counts):
                 entry.uncounted = frozenset({("tensor hook", hook.module)})
             entry.grad_input_flops = sum(sum(count) for count in counts if count is not None)
@@ -134,7 +103,7 @@ class Ledger:
         """What the unit's forward costs, whatever trains."""
         entry = Entry()
         for op in unit.ops:
-            counted, moved = _op_cost(op)
+            counted, moved = op_cost(op)
             if counted is None:
                 entry.uncounted |= {(str(op.target), unit.module)}
             else:
@@ -166,12 +135,12 @@ class Ledger:
         entry.refusal = found.refusal
         if varies:
             for op in found.forward:
-                self._add_backward_op(entry, op, unit, forward=True)
+                charge(entry, op, unit.module, forward=True)
         if not unit.held:
             return entry
         entry.held = self._held_bits(unit, mask, found)
         for op in found.backward:
-            self._add_backward_op(entry, op, unit)
+            charge(entry, op, unit.module)
         for index in found.defined:
             slot = unit.inputs[index]
             if slot.is_leaf:
@@ -216,27 +185,6 @@ class Ledger:
         if self.storage_bytes[storage] != nbytes:
             self.storage_bytes[storage] = nbytes
             self._byte_tables.clear()
-
-    def _add_backward_op(self, entry: Entry, op: RanOp, unit: Unit, *, forward: bool = False) -> None:
-        entry.moved_bytes += _moved(op)
-        counts = _backward_flops(op)
-        if counts is None:
-            entry.uncounted |= {(str(op.op), unit.module)}
-            return
-        if not any(counts):
-            return
-        if forward:
-            entry.forward_flops += sum(counts)
-            return
-        if op.recomputed:
-            entry.recompute_flops += sum(counts)
-            return
-        elsewhere = max((side for side in op.sides if side is not None), default=Side.DATA)
-        for count, side in zip(counts, op.sides, strict=True):
-            if (elsewhere if side is None else side) is Side.DATA:
-                entry.grad_input_flops += count
-            else:
-                entry.grad_weight_flops += count
 
     # -- a subset ------------------------------------------------------------------------------------------------------
 
@@ -346,92 +294,48 @@ def _sums(values: list[int]) -> list[int]:
     return sums + [0] * (256 - len(sums))
 
 
-_op_costs: dict[Any, tuple[int | None, int]] = {}
-
-
-def _op_cost(op: Call) -> tuple[int | None, int]:
-    metas = [slot.meta for slot in op.inputs]
-    outputs = tuple(slot.meta for slot in op.outputs)
-    try:
-        key = (op.target, freeze(op.args), freeze(op.kwargs), tuple(metas), outputs)
-        found = _op_costs.get(key)
-    except TypeError:
-        key, found = None, None
-    if found is None:
-        spec = op.output_spec
-        flat = spec if isinstance(spec, (tuple, list)) else (spec,)
-        given = tuple(fill(o, outputs) for o in flat)
-        counts = _flops(op.target, fill(op.args, metas), fill(op.kwargs, metas), given)
-        total = None if counts is None else sum(counts)
-        found = (total, 0 if is_view(op.target) else sum(m.nbytes for m in metas) + sum(m.nbytes for m in outputs))
-        if key is not None:
-            _op_costs[key] = found
-    return found
-
-
-def _moved(op: RanOp) -> int:
-    if is_view(op.op):
-        return 0
-    return sum(m.nbytes for m in _metas(op.args)) + sum(m.nbytes for m in op.outputs if m is not None)
-
-
-def _metas(value: Any) -> Iterator[TensorMeta]:
-    if isinstance(value, TensorMeta):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _metas(item)
-
-
-def _backward_flops(op: RanOp) -> tuple[int, ...] | None:
-    return _flops(op.op, op.args, op.kwargs, op.outputs)
-
-
-def _flops(op: Any, args: Any, kwargs: Any, outputs: Any) -> tuple[int, ...] | None:
-    """FLOPs per output; None where there is no formula, or where nested tensors hide the shapes."""
-    nested = any(meta.layout is torch.jagged for meta in _metas((args, kwargs)))
-    return flops(op, args, kwargs, outputs) if not nested else None
-
-
 class Engine:
-    """Ledgers of one trace: the one of its tapes, and those of subsets that had to be traced again."""
+    """The ledger of one trace; and, where its calls cannot be asked one by one, a run for each set of flags."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self.ledger = self._ledger(trace.graph)
-        self._retraced: dict[int, Ledger] = {}
+        self._reruns: dict[tuple[int, int | None], Rerun] = {}
 
-    def _ledger(self, graph: Graph) -> Ledger:
-        number_of = graph.tape.parameter_of_leaf
+    @cached_property
+    def ledger(self) -> Ledger:
+        """What the tape's calls answer."""
+        number_of = self.trace.graph.tape.parameter_of_leaf
 
         def lend(leaves: dict[int, Tensor]) -> AbstractContextManager[None]:
             numbers = {number_of[leaf]: tensor for leaf, tensor in leaves.items() if leaf in number_of}
             return self.trace.rehearsal.lending(numbers)
 
-        return Ledger(graph, ProbeStore(Stage(self.trace.rehearsal.fake_mode, lend)))
+        return Ledger(self.trace.graph, ProbeStore(Stage(self.trace.rehearsal.fake_mode, lend)))
 
-    def bits(self, numbers: Iterable[int]) -> int:
-        bits = 0
-        for number in numbers:
-            bits |= 1 << number
-        return bits
-
-    def evaluate(self, numbers: frozenset[int], method: str) -> tuple[Ledger, Entry, bool, int, int | None]:
-        """The ledger, the sums, whether the subset was traced again, and the two flag sets they are for."""
-        ledger = self.ledger
-        asked = self.bits(numbers)
-        everything = self.bits(self.trace.trainable_numbers) | ledger.always
-        forward, backward = (asked | ledger.always if method == "freeze" else everything), None
+    def evaluate(self, numbers: frozenset[int], method: str) -> tuple[Ledger | Rerun, Entry, int, int | None]:
+        """What answers for a subset, the sums, and the two flag sets they are for."""
+        asked, always = bits_of(numbers), self.trace.graph.always
+        everything = bits_of(self.trace.trainable_numbers) | always
+        forward, backward = (asked | always if method == "freeze" else everything), None
         if method == "backward-inputs":
             backward = asked
-        retraced = method == "freeze" and bool(self.trace.diverges) and forward != everything
-        if retraced:
-            ledger = self._trace_again(numbers, asked)
-        return ledger, ledger.evaluate(forward, backward), retraced, forward, backward
+        if not self.trace.entangled:
+            try:
+                sums = self.ledger.evaluate(forward, backward)
+                if not self.trace.graph.entangled:
+                    return self.ledger, sums, forward, backward
+                self.trace.entangled = self.trace.graph.entangled
+            except FrostlineError:
+                raise
+            except Exception as error:  # a call that does not run by itself, on made-up values
+                self.trace.entangled = f"a call of it does not run by itself ({type(error).__name__}: {error})"
+        rerun = self._rerun(forward, backward)
+        return rerun, rerun.sums, forward, backward
 
-    def _trace_again(self, numbers: frozenset[int], asked: int) -> Ledger:
-        if asked not in self._retraced:
-            if len(self._retraced) >= 64:
-                self._retraced.pop(next(iter(self._retraced)))
-            self._retraced[asked] = self._ledger(Graph(self.trace.record(numbers)[0]))
-        return self._retraced[asked]
+    def _rerun(self, forward: int, backward: int | None) -> Rerun:
+        key = (forward, backward)
+        if key not in self._reruns:
+            if len(self._reruns) >= 64:
+                self._reruns.pop(next(iter(self._reruns)))
+            self._reruns[key] = Rerun(self.trace, forward, backward)
+        return self._reruns[key]

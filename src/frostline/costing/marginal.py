@@ -143,11 +143,7 @@ class _Scale:
 
     def _ask(self, numbers: frozenset[int]) -> _Figures:
         trace = self.trace
-        if numbers or self.method != "freeze":
-            ledger, sums, _, _, _ = trace._coster.evaluate(numbers, self.method)
-        else:  # nothing trains: the forward alone, for which nothing is traced again
-            ledger = trace._coster.ledger
-            sums = ledger.evaluate(0)
+        ledger, sums, _, _ = trace._coster.evaluate(numbers, self.method)
         backward = sums.grad_input_flops + sums.grad_weight_flops + sums.recompute_flops
         gradient_bytes = 0
         optimizer_bytes: int | None = 0

@@ -6,9 +6,9 @@ it is a gradient towards. Results are followed through their storages, so that v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -26,8 +26,10 @@ Mark = tuple[int, int]  # (number of a recorded op, which of its outputs)
 class RanOp:
     """One op call that a replay ran. Tensors in ``args`` are `TensorMeta`.
 
-    ``sides``: per output, what it is a gradient towards; None where it reached no gradient of its node.
+    ``sides``: per output, whether it is a gradient towards weights alone or (also) towards data; None where it reached
+    no gradient of its node.
     ``recomputed``: forward work done again by a checkpoint.
+    ``node``: the sequence number of the autograd node that ran it.
     """
 
     op: Any
@@ -36,6 +38,7 @@ class RanOp:
     outputs: tuple[TensorMeta | None, ...]
     sides: tuple[Side | None, ...] = ()
     recomputed: bool = False
+    node: int | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
@@ -45,7 +48,8 @@ class _Running:
     kwargs: Any
     outputs: tuple[TensorMeta | None, ...]
     recomputed: bool
-    node: int | None  # sequence number of the autograd node that runs it; None once that node is done
+    node: int | None  # sequence number of the autograd node that runs it
+    done: bool  # whether that node is
     sides: list[Side | None]
 
 
@@ -104,6 +108,9 @@ class Recording(TorchDispatchMode):
     def checkpoint_region(self, *_: Any) -> Any:
         return nullcontext()
 
+    def run_again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
     def note_function(self, arguments: Sequence[Any], result: Any) -> None:
         """Say which tensors went into a Function's node: its slots are theirs, wanted or not."""
         sides = [self.side_of(a) for a in arguments if isinstance(a, Tensor)]
@@ -146,6 +153,7 @@ class Recording(TorchDispatchMode):
                 outputs,
                 self.recomputing,
                 None if node is None else node._sequence_nr(),
+                node is None,
                 [None] * len(outputs),
             )
         )
@@ -199,13 +207,13 @@ class Recording(TorchDispatchMode):
             )
             stack.extend(fn for fn, _ in node.next_functions if fn is not None)
 
-    def _slot_sides(self, node: Any, number: int) -> list[Side]:
+    def _slot_sides(self, node: Any, number: int) -> list[Side | None]:
         known = self._function_sides.get(number)
         edges = node.next_functions
         if known is not None and len(known) == len(edges):
-            return known
+            return list(known)
         return [
-            Side.CONSTANT
+            None
             if fn is None
             else self._leaf_side(fn)
             if hasattr(fn, "variable") and not fn.next_functions
@@ -217,25 +225,29 @@ class Recording(TorchDispatchMode):
         """A leaf is a parameter, unless user code detached it from something else."""
         return self.side_of(node.variable)
 
-    def _landed(self, gradients: Any, sides: Sequence[Side], *, done: int | None) -> None:
-        """Gradients arrived in slots: whatever unfinished op they came through is for those slots."""
-        for gradient, side in zip(gradients, sides, strict=False):
-            if not isinstance(gradient, Tensor):
+    def _landed(self, gradients: Any, sides: Sequence[Side | None], *, done: int | None) -> None:
+        """Gradients arrived in slots: whatever unfinished op they came through is for those slots.
+
+        A gradient towards a constant that was made to need one is no grad_weight.
+        """
+        for gradient, made_from in zip(gradients, sides, strict=False):
+            if not isinstance(gradient, Tensor) or made_from is None:
                 continue
+            side = Side.WEIGHT if made_from is Side.WEIGHT else Side.DATA
             for number, position in self._marks_of(gradient):
                 op = self.ops[number]
-                if op.node is not None:
-                    op.sides[position] = max(op.sides[position] or Side.CONSTANT, side)
+                if not op.done:
+                    op.sides[position] = max(op.sides[position] or side, side)
         if done is not None:
             for op in self.ops:
                 if op.node == done:
-                    op.node = None
+                    op.done = True
 
     # -- results -------------------------------------------------------------------------------------------------------
 
     def take(self) -> tuple[RanOp, ...]:
         """The ops recorded since the last call."""
-        taken = tuple(RanOp(o.op, o.args, o.kwargs, o.outputs, tuple(o.sides), o.recomputed) for o in self.ops)
+        taken = tuple(RanOp(o.op, o.args, o.kwargs, o.outputs, tuple(o.sides), o.recomputed, o.node) for o in self.ops)
         self.ops = []
         self._marks.clear()
         return taken

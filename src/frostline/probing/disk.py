@@ -31,7 +31,7 @@ def _encode(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, TensorMeta):
-        parts = (value.shape, value.stride, value.dtype, value.device, value.layout)
+        parts = (value.shape, value.stride, value.dtype, value.device, value.layout, value.lazy)
         return {"tensor": [_encode(part) for part in parts]}
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
         return {"torch": str(value).removeprefix("torch.")}

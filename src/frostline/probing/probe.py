@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from frostline.probing.attribution import RanOp, Recording, storage_key
 from frostline.probing.replay import Receiver, Stage, perform, seed
-from frostline.tracing.calls import NOWHERE, Call, Side, Slot, TensorHook, TensorMeta, describe, tensors_in
+from frostline.tracing.calls import Call, Side, Slot, TensorHook, TensorMeta, describe, tensors_in
 from frostline.tracing.graph import Unit
 from frostline.tracing.interception import observed_by
 from frostline.tracing.recorder import autocast
@@ -216,10 +216,6 @@ class _Inputs:
             self._tensors.append(tensor)
 
     def _needing_grad(self, tensor: Tensor, index: int, got: dict[int, Tensor], slot: Slot, *, leaf: bool) -> Tensor:
-        if slot.edge == NOWHERE:
-            base = tensor.requires_grad_()
-            with torch.no_grad():
-                return base.view_as(base)
         if leaf:
             self.leaves[index] = tensor.requires_grad_()
             return tensor

@@ -96,7 +96,7 @@ def _early(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
     """The few early parameters of one row that cause most of its backward."""
     best: tuple[float, str, Cost, Change] | None = None
     for label, cost in rows:
-        if cost.method != "freeze" or cost.trace.diverges:
+        if cost.method != "freeze" or cost.trace.entangled:
             continue
         change = early_parameters(cost)
         if change is not None and change.step_flops > 0.05 * cost.step_flops:

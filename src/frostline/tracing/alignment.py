@@ -5,7 +5,7 @@ Three outcomes, by how far the difference goes:
 * inside one torch call (attention picks another kernel): the call is probed as a whole, per mask;
 * into the strides of what follows (that kernel lays its result out otherwise): the run of calls up to where the tapes
   agree again becomes one call, of kind ``sequence``, probed as a whole;
-* into which calls there are (Python code that asks for ``requires_grad``): said, and each subset is traced again.
+* into which calls there are (Python code that asks for ``requires_grad``): said, and each subset is run as a whole.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def align(on: list[Call], off: list[Call]) -> str:
             if not a.replayable:
                 return f"what {a.name} runs depends on requires_grad, in module {a.module or '(the model)'!r}"
             a.opaque = True
-        elif a.kind == "checkpoint" and not a.is_reentrant:
-            inside = align(a.children, b.children)
-            if inside:
-                return inside
+        elif a.kind == "checkpoint":
+            regions = zip(a.recompute, b.recompute, strict=False) if a.is_reentrant else [(a, b)]
+            for ours_inside, theirs_inside in regions:
+                if why := align(ours_inside.children, theirs_inside.children):
+                    return why
     if len(ours) != len(theirs):
         extra = (ours + theirs)[min(len(ours), len(theirs))]
         return f"what runs depends on requires_grad, in module {extra.module or '(the model)'!r} ({extra.name})"

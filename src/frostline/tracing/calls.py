@@ -22,13 +22,17 @@ class Side(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
-    """What an op can know of a tensor without its values. ``stride`` is () for layouts that have none."""
+    """What an op can know of a tensor without its values. ``stride`` is () for layouts that have none.
+
+    ``lazy``: ``"conj"`` or ``"neg"`` for a view that torch conjugates or negates only where a kernel needs it.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: str
     layout: torch.layout = torch.strided
+    lazy: str = ""
 
     @property
     def numel(self) -> int:
@@ -54,6 +58,7 @@ def describe(tensor: Tensor) -> TensorMeta:
         tensor.dtype,
         str(tensor.device),
         tensor.layout,
+        "conj" if tensor.is_conj() else "neg" if tensor.is_neg() else "",
     )
 
 

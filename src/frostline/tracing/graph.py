@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frostline.errors import TraceError
 from frostline.tracing.calls import NOWHERE, Call, Edge, Slot, TensorHook
 from frostline.tracing.recorder import Recorder
 
@@ -170,26 +169,36 @@ class Graph:
             unit = self._owner_of_node.get(id(node))
             if unit is not None:
                 unit.held = True
-        self.holds_beyond = self._hold_what_checkpoints_keep(calls)
+        self.entangled = self._why_entangled()
         self._find_region_outputs()
         self.forced_leaves = self._forced_leaves()
 
-    def _hold_what_checkpoints_keep(self, calls: list[Call]) -> bool:
-        """Mark as held what is alive only because a checkpoint keeps a tensor, and the tensor its graph.
-
-        Returns whether there is any: whether it is held then depends on more flags than its own.
-        """
-        kept = [
-            self.recorder.nodes[slot.edge[0]]
-            for unit in self.units
-            if unit.held and unit.call.kind == "checkpoint" and unit.call.is_region
-            for slot in unit.inputs
-            if slot.edge is not None and slot.edge[0] >= 0
-        ]
-        beyond = self._below(kept, set(map(id, self._reached)))
-        for index in self._match(calls, beyond).values():
-            self.units[index].held = True
-        return bool(beyond)
+    def _why_entangled(self) -> str:
+        """What makes autograd hold, or run, more than the flags of single calls say; '' if nothing does."""
+        if self.recorder.leads_nowhere:
+            return "a view made under no_grad is used outside it"
+        kept = []
+        cached = _casts_of_weights(self.tape.calls)
+        for unit in self.units:
+            call = unit.call
+            if call.kind != "checkpoint":
+                continue
+            where = f"in module {call.module or '(the model)'!r}"
+            if call.recompute and any(slot.edge is not None and not slot.is_leaf for slot in call.captured):
+                return (
+                    f"a reentrant checkpoint {where} uses an activation that is not among its arguments, and its "
+                    "backward runs on through the graph around it"
+                )
+            if call.is_reentrant and any(slot.storage in self.tape.excluded for slot in call.outputs):
+                return f"a reentrant checkpoint {where} returns a view of a parameter"
+            if call.autocast and any(slot.value in cached for slot in call.captured):
+                return f"a checkpoint {where} uses a cast that autocast had cached before it"
+            if unit.held and call.is_region:
+                slots = [slot for slot in unit.inputs if slot.edge is not None and slot.edge[0] >= 0]
+                kept += [self.recorder.nodes[slot.edge[0]] for slot in slots if slot.edge is not None]
+        if self._below(kept, set(map(id, self._reached))):
+            return "a checkpoint keeps an activation whose graph the loss reaches no other way"
+        return ""
 
     def _forced_leaves(self) -> list[tuple[int, int]]:
         """Tensors that are leaves though no parameters: (what would make them no leaf, their storage).
@@ -264,12 +273,6 @@ class Graph:
         if call.kind != "op":
             _find_captured(call)
             inputs += call.captured
-            if call.recompute and any(slot.edge is not None and not slot.is_leaf for slot in call.captured):
-                raise TraceError(
-                    f"a reentrant checkpoint in module {call.module or '(the model)'!r} uses an activation that is not "
-                    "among its arguments, so its backward would run on through the graph around it: pass it as an "
-                    "argument, or checkpoint with use_reentrant=False"
-                )
         differentiable = call.grad_enabled
         behind = [self.behind(slot.edge) if differentiable else 0 for slot in inputs]
         return Unit(call, inputs, behind, call.outputs, ops=ops)
@@ -360,8 +363,8 @@ class Graph:
                 continue
             unit.receives = frozenset(i for i, slot in enumerate(unit.outputs) if slot.edge in edges)
             if not entries.get(unit, set()) <= {slot.edge for slot in unit.outputs}:
-                # It came in at the base of a view that was returned and then written to: the view stands for it.
-                unit.receives = frozenset(i for i, slot in enumerate(unit.outputs) if slot.edge is not None)
+                # It came in at the base of a view that was returned and then written to.
+                self.entangled = f"a gradient enters {unit.call.name} elsewhere than at what it returned"
 
     def _passes(self, node: Any, numbers: frozenset[int], defined: Defined) -> frozenset[int]:
         unit = self._owner_of_node.get(id(node))
@@ -414,6 +417,16 @@ def _capture(slots: Iterable[Slot], known: set[int], call: Call) -> None:
         if slot.value not in known:
             known.add(slot.value)
             call.captured.append(slot)
+
+
+def _casts_of_weights(calls: Iterable[Call]) -> set[int]:
+    """The tensors that are a parameter in another dtype: autocast may have cached them."""
+    return {
+        op.outputs[0].value
+        for call in calls
+        for op in call.ops()
+        if op.target is torch.ops.aten._to_copy.default and op.inputs[0].is_leaf
+    }
 
 
 def _enclosing_torch_call(calls: Iterable[Call], number: int) -> Call | None:

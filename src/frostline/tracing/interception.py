@@ -32,6 +32,9 @@ class Observer(Protocol):
     ) -> Any:
         """A context manager around the forward of a non-reentrant checkpoint."""
 
+    def run_again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What a non-reentrant checkpoint's backward is to run in place of ``function``."""
+
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -93,10 +96,11 @@ def _observed_checkpoint(
     *args: Any,
     **kwargs: Any,
 ) -> Generator[None, None, None]:
-    own = _torch_checkpoint_generator(
-        fn, preserve_rng_state, context_fn, determinism_check, debug, early_stop, *args, **kwargs
-    )
     observer = current_observer()
+    again = fn if observer is None else observer.run_again(fn)
+    own = _torch_checkpoint_generator(
+        again, preserve_rng_state, context_fn, determinism_check, debug, early_stop, *args, **kwargs
+    )
     if observer is None:
         yield from own
         return

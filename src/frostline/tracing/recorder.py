@@ -82,18 +82,21 @@ class Recorder:
         keep: hold on to every tensor seen (fake tensors: they have no memory). Otherwise tensors are followed by weak
             references, as the one real forward needs.
         module_names: the name of each module, by ``id``.
+        frozen: nothing trains in this run, which is recorded to be compared with the one where everything does: what a
+            reentrant checkpoint would run again is then recorded all the same.
     """
 
-    def __init__(self, *, keep: bool, module_names: dict[int, str]) -> None:
+    def __init__(self, *, keep: bool, module_names: dict[int, str], frozen: bool = False) -> None:
         self.root = Call("torch", None, (), {}, [], "", True)
         self.current = self.root
         self.module_names = module_names
+        self.frozen = frozen
         self.module_stack: list[str] = [""]
         self.failed: tuple[BaseException, str] | None = None  # the last exception, and the module it was raised in
         self.nodes: list[Any] = []  # autograd nodes, kept alive so that their ids stay theirs
         self.leaves: list[Tensor] = []
         self.storage_bytes: list[int] = []
-        self.storage_refs: list[StorageWeakRef] = []
+        self.storage_refs: dict[int, StorageWeakRef] = {}  # by address, which they keep from being used again
         self.sides: list[Side] = []
         self.leads_nowhere = False
         self.tensor_hooks: list[TensorHook] = []
@@ -111,6 +114,25 @@ class Recorder:
         self._metas: dict[TensorMeta, TensorMeta] = {}
         self.own: set[int] = set()  # storages made during the trace: may be changed in place for real
         self.unknown: set[int] = set()  # storages of real tensors whose values are not what a real run would hold
+
+    def living(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Every tensor seen that still lives, as it is asked for: its number, its storage's, and itself."""
+        assert self._kept is None, "this recorder keeps every tensor itself"
+        for number, ref in list(self._values.values()):
+            tensor = ref()
+            if tensor is not None:
+                yield number, self.storage_of(tensor, Side.DATA), tensor
+            del tensor  # a reader of references counts no reference of ours
+
+    def number_of(self, address: int) -> int:
+        """The number of the storage at an address of `storage_refs`."""
+        return self._storage_index[address]
+
+    def forget_graph(self) -> None:
+        """Let go of all that could keep a tensor alive: nodes, leaves, and objects that calls were given."""
+        self.root = self.current = Call("torch", None, (), {}, [], "", True)
+        self.nodes, self.leaves, self.function_nodes = [], [], {}
+        self.tensor_hooks, self._pending, self.failed = [], [], None
 
     # -- tensors as numbers ------------------------------------------------------------------------------------------
 
@@ -137,7 +159,7 @@ class Recorder:
         if number is None:
             number = self._storage_index[storage._cdata] = len(self.storage_bytes)
             self.storage_bytes.append(storage.nbytes())
-            self.storage_refs.append(StorageWeakRef(storage))  # keeps the address from being used again
+            self.storage_refs[storage._cdata] = StorageWeakRef(storage)
             self.sides.append(side)
         return number
 
@@ -153,7 +175,7 @@ class Recorder:
                 continue
             if storage._cdata not in self._storage_index:
                 self._storage_index[storage._cdata] = number
-                self.storage_refs.append(StorageWeakRef(storage))
+                self.storage_refs[storage._cdata] = StorageWeakRef(storage)
 
     def _storage_of_parts(self, tensor: Tensor, side: Side) -> int:
         key = -id(tensor)
@@ -277,7 +299,7 @@ class Recorder:
         for tensor in tensors_in(result):
             if tensor.grad_fn is not None:
                 self.function_nodes[self._node(tensor.grad_fn)] = call
-        if reentrant and torch.is_grad_enabled() and any(slot.edge for slot in call.inputs):
+        if reentrant and torch.is_grad_enabled() and (self.frozen or any(slot.edge for slot in call.inputs)):
             self._pending.append((call, args))
         self.current.children.append(call)
         return result
@@ -319,6 +341,9 @@ class Recorder:
         call.end_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self.current.children.append(call)
 
+    def run_again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
     def note_hook(self, tensor: Tensor, function: Callable[[Any], Any]) -> None:
         edge = self.edge_of(tensor)
         if edge is not None:
@@ -353,7 +378,9 @@ def _closed_over(function: Any) -> list[Any]:
     return [t for t in tensors_in(found) if not isinstance(t, nn.Parameter)]
 
 
-class _DispatchMode(TorchDispatchMode):
+class OpMode(TorchDispatchMode):
+    """Shows a recorder every op below autograd; on fake tensors it also runs for real what can be known."""
+
     def __init__(self, recorder: Recorder, *, fake: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
@@ -446,7 +473,9 @@ def _is_small_factory(op: Any, args: Any, kwargs: Any) -> bool:
     return numel <= _SMALL_NUMEL
 
 
-class _FunctionMode(TorchFunctionMode):
+class CallMode(TorchFunctionMode):
+    """Shows a recorder what the user's code calls."""
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
@@ -476,6 +505,8 @@ class _FunctionMode(TorchFunctionMode):
         if call.children or isinstance(result, Tensor):  # (contiguous() may have had nothing to do, this time)
             side = max((s.side for op in call.ops() for s in op.outputs), default=Side.DATA)
             recorder.end(call, result, side)
+            # Torch resolves such arguments between autograd and the ops that are seen, so only the whole call will do.
+            call.opaque = call.replayable and any(slot.meta.lazy for slot in call.inputs)
             recorder.current.children.append(call)
         return result
 
@@ -483,5 +514,5 @@ class _FunctionMode(TorchFunctionMode):
 @contextmanager
 def recording(recorder: Recorder, *, fake: bool) -> Iterator[Recorder]:
     """Record what runs inside on this thread. Enter any fake mode before."""
-    with observed_by(recorder), _DispatchMode(recorder, fake=fake), _FunctionMode(recorder):
+    with observed_by(recorder), OpMode(recorder, fake=fake), CallMode(recorder):
         yield recorder

@@ -46,9 +46,26 @@ class Rehearsal:
 
     def tape(self, trainable: frozenset[int]) -> Tape:
         """Record one run in which exactly the parameters numbered in ``trainable`` require grad."""
+        with self.staged(trainable, keep=not self.real) as staged, ExitStack() as stack:
+            recorder = staged.recorder
+            if self.real:  # memory at most inference plus one op: what autograd would save is let go
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(let_go, _was_let_go))
+            stack.enter_context(recording(recorder, fake=not self.real))
+            slot = recorder.slot(self.perform(staged, then=recorder.finish))
+        leaves = {recorder._leaf(p): number for number, p in staged.lender.numbered()}
+        return Tape(recorder, slot, staged.excluded, leaves, len(self.parameters), self.real)
+
+    @contextmanager
+    def staged(self, trainable: frozenset[int], *, keep: bool) -> Iterator[Staged]:
+        """The model on lent tensors, and a recorder that knows what they are; afterwards all is as before.
+
+        Args:
+            trainable: the parameters, by number, that require grad.
+            keep: see `Recorder`.
+        """
         names = {id(module): name for name, module in self.model.named_modules()}
-        recorder = Recorder(keep=not self.real, module_names=names)
-        lender = _Lender(self, trainable)
+        recorder = Recorder(keep=keep, module_names=names, frozen=not trainable)
+        lender = Lender(self, trainable)
         with drawing_from(self.rng), lender.lent(), ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.inference_mode(False))
@@ -64,18 +81,15 @@ class Rehearsal:
             given = list(tensors_in((args, kwargs)))
             recorder.seal(iter(given), Side.DATA)
             recorder.own.update(recorder.storage_of(t, Side.DATA) for t in given)
-            loss = self._run_recorded(recorder, args, kwargs, stack)
-            slot = recorder.slot(loss)
-        leaves = {recorder._leaf(p): number for number, p in lender.numbered()}
-        return Tape(recorder, slot, excluded, leaves, len(self.parameters), self.real)
+            yield Staged(recorder, lender, args, kwargs, excluded)
 
-    def _run_recorded(self, recorder: Recorder, args: Any, kwargs: Any, stack: ExitStack) -> Tensor:
-        if self.real:  # memory at most inference plus one op: what autograd would save is let go
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(let_go, _was_let_go))
-        stack.enter_context(recording(recorder, fake=not self.real))
+    def perform(self, staged: Staged, then: Callable[[], None] | None = None) -> Tensor:
+        """Run the step up to its loss, ``then`` what belongs to it; an error gets a note that names the module."""
+        recorder = staged.recorder
         try:
-            loss = self.run(self.model, args, kwargs)
-            recorder.finish()
+            loss = self.run(self.model, staged.args, staged.kwargs)
+            if then is not None:
+                then()
         except Exception as error:
             where = recorder.failed[1] if recorder.failed is not None and recorder.failed[0] is error else ""
             modules = dict(self.model.named_modules())
@@ -97,7 +111,7 @@ class Rehearsal:
     @contextmanager
     def lending(self, replacements: dict[int, Tensor]) -> Iterator[None]:
         """Lend the model stand-ins for some parameters (by number) and unset fake tensors for the rest."""
-        lender = _Lender(self, frozenset(), fake=True)
+        lender = Lender(self, frozenset(), fake=True)
         by_id = {id(p): replacements[n] for n, p in enumerate(self.parameters.values()) if n in replacements}
         lender.memo.update({key: (t, None) for key, t in by_id.items()})
         with lender.lent():
@@ -124,7 +138,18 @@ def _was_let_go(_nothing: None) -> Tensor:
     raise _WasLetGoError("a step that runs backward inside itself cannot be traced by one real forward")
 
 
-class _Lender:
+@dataclass
+class Staged:
+    """A run about to begin: the tensors lent to it, the inputs, and the storages that are nobody's to save."""
+
+    recorder: Recorder
+    lender: Lender
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    excluded: frozenset[int]
+
+
+class Lender:
     """Makes the stand-ins of one run: the same one for the same tensor."""
 
     def __init__(self, rehearsal: Rehearsal, trainable: frozenset[int], *, fake: bool | None = None) -> None:

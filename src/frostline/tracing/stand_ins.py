@@ -24,7 +24,7 @@ def stand_in(meta: TensorMeta, *, real: bool = False) -> Tensor:
     if real and tensor.numel():
         every = torch.empty(0, dtype=meta.dtype, device=meta.device).set_(tensor.untyped_storage())
         every.fill_(1 if meta.dtype.is_floating_point or meta.dtype.is_complex else 0)
-    return tensor
+    return tensor if not meta.lazy else tensor.conj() if meta.lazy == "conj" else torch._neg_view(tensor)
 
 
 def shrunk_call(call: Call) -> Call:
@@ -50,6 +50,8 @@ def shrunk_call(call: Call) -> Call:
 def _smaller(meta: TensorMeta, small: dict[int, int]) -> TensorMeta:
     """Smaller sizes, laid out in memory in the same order of dimensions."""
     shape = tuple(small.get(size, size) for size in meta.shape)
+    if not meta.stride:
+        return replace(meta, shape=shape)
     stride = [0] * len(shape)
     step = 1
     for dim in sorted(range(len(shape)), key=lambda d: (meta.stride[d], -d)):

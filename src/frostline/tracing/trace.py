@@ -143,6 +143,8 @@ class Trace:
         modes: each module's name and whether it was in train mode, as traced.
         forward: ``"fake"`` (nothing was computed) or ``"real"`` (one real forward, keeping metadata only).
         notes: what a reader of the figures should know.
+        entangled: why what autograd does cannot be told call by call, so that every subset is a run of the whole step;
+            '' where it can, as in nearly every model.
     """
 
     rehearsal: Rehearsal
@@ -167,10 +169,9 @@ class Trace:
                 f"{unregistered} Parameters are not the model's (made in the forward, or held where no module "
                 "registers them): they always get a gradient, and are in no subset"
             )
-        self.diverges = self._compare_with_frozen()
+        diverges = self._compare_with_frozen()
         self.graph = Graph(self.tape_on)
-        if self.graph.holds_beyond and not self.diverges:
-            self.diverges = "a checkpoint keeps an activation whose graph the loss reaches no other way"
+        self.entangled = diverges or self.graph.entangled
 
     def _first_tape(self, everything: frozenset[int]) -> Tape:
         tape, note = self.record(everything)
@@ -215,8 +216,6 @@ class Trace:
             tape_off, _ = self.record(frozenset())
         except Exception as error:  # a step that needs gradients to run, such as a gradient penalty
             return f"the step does not run with everything frozen ({type(error).__name__})"
-        if self.tape_on.recorder.leads_nowhere:
-            return "a view made under no_grad is used outside it"
         return align(self.tape_on.calls, tape_off.calls)
 
     # -- what was traced -----------------------------------------------------------------------------------------------

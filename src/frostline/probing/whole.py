@@ -1,0 +1,164 @@
+"""One step run again as a whole, for one set of flags: the answer where its calls cannot be asked one by one.
+
+That is so where what autograd holds, or where a gradient goes, depends on more than the flags of one call: a reentrant
+checkpoint that captures an activation, a checkpoint or a view that keeps another graph alive, a forward that asks for
+``requires_grad``. It takes a run for each subset, and so is the exception.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frostline.probing.attribution import RanOp, Recording
+from frostline.tracing.calls import Call, Side, tensors_in
+from frostline.tracing.interception import is_reentrant_checkpoint, observed_by
+from frostline.tracing.recorder import CallMode, OpMode, Recorder, recording
+from frostline.tracing.rehearsal import Rehearsal
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """What one step did.
+
+    Attributes:
+        forward: its op calls before the loss returned, in order.
+        backward: the ops that backward ran.
+        held: the storages (by the forward's numbers) that autograd held when the loss returned.
+        trained: the parameters that got a gradient, by number, and the bytes of those that are sparse.
+        parameter_of_leaf: index of a leaf -> parameter number.
+        refusal: why autograd would not run this, where it would not.
+    """
+
+    forward: tuple[Call, ...]
+    backward: tuple[RanOp, ...]
+    held: frozenset[int]
+    storage_bytes: list[int]
+    trained: frozenset[int]
+    sparse: tuple[tuple[int, int], ...]
+    parameter_of_leaf: dict[int, int]
+    refusal: str = ""
+
+
+def run_whole(rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset[int] | None = None) -> WholeStep:
+    """Run the step twice: once to see what stays alive, once to see what runs.
+
+    Args:
+        trainable: the parameters, by number, that require grad.
+        wanted: those whose gradients ``backward(inputs=...)`` asks for; None: ``backward()``.
+    """
+    held = _held(rehearsal, trainable)
+    followed = Recording()
+    with rehearsal.staged(trainable, keep=False) as staged:
+        recorder, lender = staged.recorder, staged.lender
+        followed.follow(lender.parameters, [Side.WEIGHT] * len(lender.parameters))
+        followed.follow(lender.constants, [Side.CONSTANT] * len(lender.constants))
+        given = list(tensors_in((staged.args, staged.kwargs)))
+        followed.follow(given, [Side.DATA] * len(given))
+        ops = OpMode(recorder, fake=not rehearsal.real)
+        with observed_by(_Watcher(recorder, followed)), ops, followed:
+            with CallMode(recorder):
+                loss = rehearsal.perform(staged)
+            forward = tuple(recorder.root.ops())
+            storage_bytes = list(recorder.storage_bytes)
+            recorder.current = Call("torch", None, (), {}, [], "", True)  # what backward runs is no part of the tape
+            parameters = dict(lender.numbered())
+            targets = None if wanted is None else [p for number, p in parameters.items() if number in wanted]
+            followed.listening = True
+            with followed.watching_nodes():
+                refusal = _go_backward(loss, targets)
+            followed.listening = False
+        leaves = {recorder._leaf(p): number for number, p in parameters.items()}
+    got = {number: p.grad for number, p in parameters.items() if p.grad is not None}
+    sparse = tuple((n, g._indices().nbytes + g._values().nbytes) for n, g in got.items() if g.is_sparse)
+    backward = followed.take()
+    return WholeStep(forward, backward, held - staged.excluded, storage_bytes, frozenset(got), sparse, leaves, refusal)
+
+
+def _go_backward(loss: Tensor, targets: list[Tensor] | None) -> str:
+    """Run backward as the method would. Returns autograd's refusal, if it refuses."""
+    if not loss.requires_grad or targets == []:
+        return ""
+    try:
+        torch.autograd.backward(loss, inputs=targets)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
+def _held(rehearsal: Rehearsal, trainable: frozenset[int]) -> frozenset[int]:
+    """The storages that autograd holds when the loss returns: what its nodes alone keep alive, or refer to."""
+    gc.collect()
+    gc.freeze()  # what is alive already need not be looked through again
+    try:
+        root, recorder = _root(rehearsal, trainable)
+        gc.collect()
+        before = _references(recorder)
+        del root
+        gc.collect()
+        after = _references(recorder)
+    finally:
+        gc.unfreeze()
+    return frozenset(number for key, (number, count) in before.items() if count > after.get(key, (number, 0))[1])
+
+
+def _root(rehearsal: Rehearsal, trainable: frozenset[int]) -> tuple[Any, Recorder]:
+    """Where the backward of one step starts, and a recorder that knows its tensors; all else is let go."""
+    with rehearsal.staged(trainable, keep=False) as staged:
+        recorder = staged.recorder
+        with recording(recorder, fake=not rehearsal.real):
+            root = rehearsal.perform(staged).grad_fn
+    recorder.forget_graph()
+    return root, recorder
+
+
+def _references(recorder: Recorder) -> dict[Any, tuple[int, int]]:
+    """How often each storage and each tensor that lives is referred to: key -> (storage, count)."""
+    counts: dict[Any, tuple[int, int]] = {
+        address: (recorder.number_of(address), torch._C._storage_Use_Count(address))
+        for address, ref in recorder.storage_refs.items()
+        if not ref.expired()
+    }
+    for value, storage, tensor in recorder.living():
+        counts["tensor", value] = (storage, tensor._use_count())  # type: ignore[attr-defined]
+    return counts
+
+
+class _Watcher:
+    """Shows a recorder and a `Recording` one and the same step, and says what of it is recomputation."""
+
+    def __init__(self, recorder: Recorder, followed: Recording) -> None:
+        self.recorder = recorder
+        self.followed = followed
+
+    def on_module(self, module: Any, run: Callable[[], Any]) -> Any:
+        return self.recorder.on_module(module, run)
+
+    def on_apply(self, cls: type, args: tuple[Any, ...], run: Callable[..., Any]) -> Any:
+        if is_reentrant_checkpoint(cls):
+            args = (self.run_again(args[0]), *args[1:])
+        result = self.recorder.on_apply(cls, args, run)
+        self.followed.note_function(args, result)
+        return result
+
+    def checkpoint_region(self, *region: Any) -> AbstractContextManager[None]:
+        return self.recorder.checkpoint_region(*region)
+
+    def run_again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            if not self.followed.listening:
+                return function(*args, **kwargs)
+            with self.followed.recompute():
+                return function(*args, **kwargs)
+
+        return marked

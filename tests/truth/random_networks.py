@@ -22,16 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Constructs left out because frostline is known to be wrong about them; take one out to see it fail.
-EXCLUDED = frozenset(
-    {
-        "reentrant checkpoint captures a tensor",
-        "nested checkpoint captures a tensor",
-        "requires_grad_ inside a checkpoint",
-        "enable_grad inside a reentrant checkpoint",
-        "checkpoint holds what the loss does not reach",
-    }
-)
 MOST_ELEMENTS = 400  # larger results are left out: a program of products grows fast
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -282,8 +272,7 @@ class Writer:
         self.protected: set[int] = set()  # storages that must not be written to here
         self.storages: list[Any] = []  # all that were seen: an address used again would protect another
         self.autocast = False
-        self.wanted: list[str] = []  # tensors to be in the loss
-        self.in_checkpoint = self.in_reentrant = False
+        self.in_checkpoint = False
         self.namespace: dict[str, Any] = {**NAMES, "self": self.model}
         for i, source in enumerate(inputs):
             self._remember(f"x{i}", eval(source, self.namespace))
@@ -742,8 +731,6 @@ def parameter(w: Writer, a: int, b: int, c: int, d: int) -> None:
 @change
 def change_values(w: Writer, a: int, b: int, c: int, d: int) -> str | None:
     name = w.writable(a)
-    if w.in_checkpoint and b % 18 == 15 and "requires_grad_ inside a checkpoint" in EXCLUDED:
-        return None
     return name and nth(("{}.mul_(0.5)", "{}.relu_()", "{}.add_(1)", "{}.tanh_()", "{}.zero_()", "{}.clamp_(min=0)",
                          "F.silu({}, inplace=True)", "F.dropout({}, 0.3, inplace=True)", "{}.neg_()", "{}.exp_()",
                          "{}.masked_fill_({} > 0, 0.5)", "F.leaky_relu({}, inplace=True)", "{}.normal_()",
@@ -841,8 +828,6 @@ def no_grad(w: Writer, draft: Draft) -> None:
 
 @block
 def enable_grad(w: Writer, draft: Draft) -> None:
-    if w.in_reentrant and "enable_grad inside a reentrant checkpoint" in EXCLUDED:
-        return
     _with(w, draft, "torch.enable_grad()", torch.enable_grad())
 
 
@@ -864,30 +849,19 @@ def checkpointed(w: Writer, draft: Draft) -> None:
     title = f"f{w.made}"
     arguments = [f"a{w.made}{letter}" for letter in "xy"[: len(given)]]
     kind = ("use_reentrant=False", "use_reentrant=True", "use_reentrant=False, early_stop=False")[d // 2 % 3]
-    reentrant = kind == "use_reentrant=True"
     protected = set(w.protected)
     w.protected |= {w.tensor(name).untyped_storage()._cdata for name in names}
-    if "checkpoint holds what the loss does not reach" in EXCLUDED:
-        w.names = [name for name in w.names if _usable(w.tensor(name)) and w.tensor(name).grad_fn is None]
-    if w.in_checkpoint and "nested checkpoint captures a tensor" in EXCLUDED:
-        w.names = [name for name in w.names if name.startswith("self.")]
-    if reentrant and "reentrant checkpoint captures a tensor" in EXCLUDED:
-        w.names = [name for name in w.names if name.startswith("self.") and name not in given]
     for argument, name in zip(arguments, given, strict=True):
         w._remember(argument, w.tensor(name))
     known, start = len(w.names), len(w.lines)
-    before = w.in_checkpoint, w.in_reentrant
-    w.in_checkpoint, w.in_reentrant = True, reentrant
+    before, w.in_checkpoint = w.in_checkpoint, True
     with w.block(f"def {title}({', '.join(arguments)}):"):
         w.write(draft.body)
-        w.in_checkpoint, w.in_reentrant = before
+        w.in_checkpoint = before
         made = [name for name in w.names[known:] if not name.startswith("self.")]
-        everything = "checkpoint holds what the loss does not reach" in EXCLUDED
-        results = made if everything else made[-1 - d % 2 :]
+        results = made[-1 - d % 2 :]
         w.lines.append(f"{w.indent}return {', '.join(results)}")
     held = [name for name in w.names[known:] if name.startswith("self.")]
-    if everything and not _all_reached(w, results, given):
-        results = []
     definition = [line[len(w.indent) :] for line in w.lines[start:]]
     written = w.lines[start:]
     w.names, w.lines, w.protected = names + held, lines, protected | w.protected
@@ -897,23 +871,8 @@ def checkpointed(w: Writer, draft: Draft) -> None:
         return
     exec("\n".join(definition), w.namespace)
     w.lines = lines + written
-    known = len(w.names)
     if not w.say(f"checkpoint({', '.join([title, *given, kind])})"):
         w.lines = lines
-    elif everything:
-        w.wanted += w.names[known:]
-
-
-def _all_reached(w: Writer, results: list[str], given: list[str]) -> bool:
-    outputs = [w.tensor(name) for name in results if w.tensor(name).requires_grad]
-    inputs = [w.tensor(name) for name in given if w.tensor(name).requires_grad]
-    if not outputs or not inputs:
-        return not inputs
-    try:
-        gradients = torch.autograd.grad([each.sum() for each in outputs], inputs, retain_graph=True, allow_unused=True)
-    except RuntimeError:
-        return False
-    return all(gradient is not None for gradient in gradients)
 
 
 DRAFTED = [*OPS, *(["linear", "matmul", "product", "view", "elementwise", "binary"] * 2), *CHANGES]
@@ -949,8 +908,6 @@ def _finish(w: Writer, terms: Sequence[int]) -> Program:
     chosen = dict.fromkeys(
         w.some(number, lambda t: t.requires_grad and (t.grad_fn is not None or not computed)) for number in terms
     )
-    chosen |= dict.fromkeys(name for name in w.wanted if name in w.fitting(lambda t: t.requires_grad))
-    terms = [*terms, *range(len(w.wanted))]
     kinds = ("{}.float().mean()", "{}.float().square().mean()", "{}.double().sum()")
     w.lines.append("return " + " + ".join(nth(kinds, n).format(name) for n, name in zip(terms, chosen, strict=False)))
     return Program(tuple(w.setup), tuple(w.lines), w.inputs)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.tracing.calls import UNSEEN, Side, TensorMeta, describe, result_side, tensors_in, written
+from frostline.tracing.calls import UNSEEN, Side, TensorMeta, aliases, describe, result_side, tensors_in, written
 
 Mark = tuple[int, int]  # (number of a recorded op, which of its outputs)
 
@@ -73,6 +73,7 @@ class Recording(TorchDispatchMode):
         self.listening = False
         self.recomputing = False
         self._storage_sides: dict[int, Side] = {}
+        self._stands_for: dict[int, int] = {}  # a fake mode's storage for that of a real tensor
         self._edge_sides: dict[tuple[int, int], Side] = {}
         self._function_sides: dict[int, list[Side]] = {}
         self._marks: dict[int, frozenset[Mark]] = {}
@@ -90,11 +91,12 @@ class Recording(TorchDispatchMode):
                 self.storages[key] = StorageWeakRef(tensor.untyped_storage())
                 self.nbytes[key] = tensor.untyped_storage().nbytes()
             if sides is not None:
+                key = self._stands_for.get(key, key)
                 self._storage_sides[key] = max(self._storage_sides.get(key, Side.CONSTANT), sides[position])
 
     def side_of(self, tensor: Tensor) -> Side:
         key = storage_key(tensor)
-        return Side.DATA if key is None else self._storage_sides.get(key, Side.DATA)
+        return Side.DATA if key is None else self._storage_sides.get(self._stands_for.get(key, key), Side.DATA)
 
     def on_module(self, module: Any, run: Any) -> Any:
         return run()
@@ -124,6 +126,11 @@ class Recording(TorchDispatchMode):
         result = op(*args, **kwargs)
         if op.namespace in UNSEEN:
             return result
+        for position, part in aliases(op, result):
+            own = storage_key(args[position]) if position < len(args) and isinstance(args[position], Tensor) else None
+            for key in map(storage_key, tensors_in(part)):
+                if own is not None and key is not None and key != own:
+                    self._stands_for[key] = self._stands_for.get(own, own)
         given, made = list(tensors_in((args, kwargs))), list(tensors_in(result))
         side = result_side(op, map(self.side_of, given))
         self.follow(made, [side] * len(made))

@@ -49,7 +49,8 @@ def _on_cpu(call: Call) -> bool:
 def _returned(call: Call, fake_mode: FakeTensorMode | None) -> list[int] | None:
     """Bytes of the storage behind each tensor that the op returns; None if it does not run on such tensors."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # (No tensor here needs a gradient, but a kernel may ask whether any could: the fused LSTM's workspace.)
+        with torch.set_grad_enabled(call.grad_enabled), torch.random.fork_rng(devices=[]):
             if fake_mode is None:
                 return _run(call, real=True)
             with fake_mode:
@@ -61,6 +62,7 @@ def _returned(call: Call, fake_mode: FakeTensorMode | None) -> list[int] | None:
 def _run(call: Call, *, real: bool) -> list[int] | None:
     tensors = [stand_in(slot.meta, real=real) for slot in call.inputs]
     result = call.target(*fill(call.args, tensors), **fill(call.kwargs, tensors))
-    if [tuple(t.shape) for t in tensors_in(result)] != [slot.meta.shape for slot in call.outputs]:
+    made = list(tensors_in(result))
+    if tuple(made[0].shape) != call.outputs[0].meta.shape:
         return None  # the values, made up here, decide how much comes out
-    return [tensor.untyped_storage().nbytes() for tensor in tensors_in(result)]
+    return [tensor.untyped_storage().nbytes() for tensor in made]

@@ -293,6 +293,13 @@ def result_side(op: Any, given: Iterable[Side]) -> Side:
     return Side.CONSTANT if makes_constant(op) else max(given, default=Side.CONSTANT)
 
 
+def values_decide_shape(op: Call) -> bool:
+    """Whether how much an op returns depends on values: ``nonzero``, indexing by a mask."""
+    if torch.Tag.dynamic_output_shape not in op.target.tags:
+        return False
+    return "index" not in op.target._schema.name or any(slot.meta.dtype is torch.bool for slot in op.inputs)
+
+
 UNSEEN = ("prim", "profiler")  # namespaces of ops that compute nothing
 
 

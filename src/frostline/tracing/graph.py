@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frostline.tracing.calls import NOWHERE, Call, Edge, Slot, TensorHook
+from frostline.tracing.calls import NOWHERE, Call, Edge, Slot, TensorHook, values_decide_shape
 from frostline.tracing.recorder import Recorder
 
 # (unit, which of its outputs receive a gradient) -> the inputs that get a defined gradient, when all of them need one
@@ -175,15 +175,17 @@ class Graph:
 
     def _why_entangled(self) -> str:
         """What makes autograd hold, or run, more than the flags of single calls say; '' if nothing does."""
-        if self.recorder.leads_nowhere:
-            return "a view made under no_grad is used outside it"
+        if self.recorder.entangled:
+            return self.recorder.entangled
         kept = []
         cached = _casts_of_weights(self.tape.calls)
         for unit in self.units:
             call = unit.call
+            where = f"in module {call.module or '(the model)'!r}"
+            if call.kind != "op" and any(map(values_decide_shape, unit.ops)):
+                return f"values decide what {call.name} {where} runs"
             if call.kind != "checkpoint":
                 continue
-            where = f"in module {call.module or '(the model)'!r}"
             if call.recompute and any(slot.edge is not None and not slot.is_leaf for slot in call.captured):
                 return (
                     f"a reentrant checkpoint {where} uses an activation that is not among its arguments, and its "

@@ -43,6 +43,7 @@ from frostline.tracing.layouts import with_true_layout
 _set_requires_grad = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 _FEW = 1 << 16  # elements of integer tensors whose values are kept
 _SMALL_NUMEL = 1 << 24  # ops on known values run for real up to this size
+_FLAG_CHANGES = {Tensor.requires_grad_, _set_requires_grad, Tensor.detach_, torch.detach_}
 _MUTED_FUNCTIONS = {Tensor.requires_grad_, _set_requires_grad, Tensor.retain_grad, Tensor.register_hook}
 
 
@@ -98,9 +99,10 @@ class Recorder:
         self.storage_bytes: list[int] = []
         self.storage_refs: dict[int, StorageWeakRef] = {}  # by address, which they keep from being used again
         self.sides: list[Side] = []
-        self.leads_nowhere = False
+        self.entangled = ""  # what was seen that makes autograd do more than single calls can tell
         self.tensor_hooks: list[TensorHook] = []
-        self._in_checkpoint = False
+        self._in_checkpoint = False  # one of the kind that has saved-tensor hooks
+        self._in_region = False
         self._pending: list[tuple[Call, tuple[Any, ...]]] = []
         self.function_nodes: dict[int, Call] = {}  # node index -> the call that made it
         self.always_edges: set[Edge] = set()  # `requires_grad_()` was called on their tensors
@@ -261,7 +263,7 @@ class Recorder:
             if hooks is not None and hooks[0] is not let_go and not self._in_checkpoint:
                 call.hooks = hooks
             if kind == "op" and any(slot.edge == NOWHERE for slot in inputs):
-                self.leads_nowhere = True
+                self.entangled = "a view made under no_grad is used outside it"
         call.first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         return call
 
@@ -274,6 +276,15 @@ class Recorder:
 
         call.output_spec = template(result, take)
         call.end_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+
+    @contextmanager
+    def _region(self, inside: bool) -> Iterator[None]:
+        """Whether what runs is inside a checkpoint, whose ops are run again from the record."""
+        around, self._in_region = self._in_region, inside
+        try:
+            yield
+        finally:
+            self._in_region = around
 
     @contextmanager
     def inside(self, call: Call) -> Iterator[None]:
@@ -291,8 +302,10 @@ class Recorder:
         call.autocast = autocast_state()
         if reentrant:
             call.captured = [self.slot(t) for t in tensors_in(_closed_over(args[0]))]
-        with self.inside(call):
+        with self.inside(call), self._region(reentrant or self._in_region):
             result = run(*args)
+        if reentrant and any(map(_switches_grad_on, call.ops())):
+            self.entangled = "grad is switched on inside a reentrant checkpoint"
         side = max((s.side for s in call.inputs), default=Side.CONSTANT)
         side = max([side, *(s.side for op in call.ops() for s in op.inputs)])
         self.end(call, result, side)
@@ -334,7 +347,7 @@ class Recorder:
         call.options = options
         around, self._in_checkpoint = self._in_checkpoint, True
         try:
-            with self.inside(call):
+            with self.inside(call), self._region(True):
                 yield
         finally:
             self._in_checkpoint = around
@@ -361,6 +374,11 @@ class Recorder:
             raise
         finally:
             del self.module_stack[depth:]
+
+
+def _switches_grad_on(op: Call) -> bool:
+    """Whether an op that ran where grad is off makes autograd's graph; the casts that autocast caches always do."""
+    return op.grad_enabled and op.target is not torch.ops.aten._to_copy.default and any(s.edge for s in op.inputs)
 
 
 def _closed_over(function: Any) -> list[Any]:
@@ -406,7 +424,9 @@ class OpMode(TorchDispatchMode):
             storage = recorder.storage_of(tensor, side)
             recorder.sides[storage] = max(recorder.sides[storage], side)
         recorder.end(call, result, side)
-        laid_out = with_true_layout(call, result) if self.fake else result
+        # (Ops of a backward are not asked: on made-up values some of them crash.)
+        in_forward = torch._C._current_autograd_node() is None
+        laid_out = with_true_layout(call, result) if self.fake and in_forward else result
         if laid_out is not result:
             call.outputs.clear()
             result = laid_out
@@ -485,6 +505,8 @@ class CallMode(TorchFunctionMode):
         recorder = self.recorder
         if func in (Tensor.backward, torch.autograd.backward) and recorder.current.kind != "function":
             raise TraceError("the step runs backward itself: let step= return the loss before .backward() is called")
+        if func in _FLAG_CHANGES and recorder._in_region:
+            recorder.entangled = "requires_grad is changed inside a checkpoint"
         if func in _MUTED_FUNCTIONS:
             tensor = args[0]
             result = func(*args, **kwargs)

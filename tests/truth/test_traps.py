@@ -183,3 +183,21 @@ def test_a_checkpoint_around_its_own_block_recomputes_the_block_once() -> None:
     # Early stop: the second linear keeps only its input and weight, so it is not run again.
     assert cost.recompute_flops == 2 * 8 * 4 * 4
     assert cost.backward_flops == cost.grad_input_flops + cost.grad_weight_flops + cost.recompute_flops
+
+
+def test_a_checkpoint_is_held_by_the_outputs_that_the_loss_reaches_alone() -> None:
+    """Of two outputs the loss reaches the one whose node saves nothing, so nothing holds the other's activations."""
+
+    class TwoOutputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            def region(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+                return torch.cat([y, y]), torch.tanh(y + z)
+
+            joined, _ = checkpoint(region, self.a(x), x * 2.5, use_reentrant=False)
+            return self.b(joined).square().mean()
+
+    assert_equals_the_real_run(build(lambda: ZooCase(TwoOutputs(), torch.randn(5, 3))))

@@ -78,7 +78,7 @@ class Ledger:
 
     def _defined(self, unit: Unit, receives: frozenset[int]) -> frozenset[int]:
         mask = frozenset(i for i, bits in enumerate(unit.behind) if bits)
-        return self.store.get(unit, Question(mask, None, receives)).defined
+        return self.store.get(unit, Question(mask, None, receives, unit.reached)).defined
 
     def _fold(self) -> None:
         index_of: dict[int, int] = {}
@@ -131,7 +131,7 @@ class Ledger:
         varies = unit.call.varies
         if not mask and not varies:
             return entry
-        found = self.store.get(unit, Question(mask, needed, unit.receives))
+        found = self.store.get(unit, Question(mask, needed, unit.receives, unit.reached))
         entry.refusal = found.refusal
         if varies:
             for op in found.forward:

@@ -70,11 +70,13 @@ class Question:
         mask: the inputs that require grad while the forward runs.
         needed: the inputs whose gradients ``backward(inputs=...)`` asks for; None: ``backward()``.
         receives: which outputs get a gradient: ``output_nr`` for ops, positions for other calls.
+        reached: the outputs, by position, whose nodes the loss keeps alive; None: all.
     """
 
     mask: frozenset[int]
     needed: frozenset[int] | None
     receives: frozenset[int]
+    reached: frozenset[int] | None = None
 
 
 def probe(stage: Stage, unit: Unit, question: Question) -> Probe:
@@ -149,7 +151,8 @@ def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Prob
             outputs = list(tensors_in(result))
             output_keys = [storage_key(t) for t in outputs]
             edges, shapes = _roots(call, outputs, question.receives)
-            nodes = [t.grad_fn for t in outputs if t.grad_fn is not None]
+            alive = range(len(outputs)) if question.reached is None else question.reached
+            nodes = [outputs[i].grad_fn for i in alive if i < len(outputs)]
             del result, outputs, tensors
             torch.clear_autocast_cache()  # (nested contexts clear it only when the outermost ends)
             held = _survivors(recording, input_keys, output_keys, inputs.leaves, is_user_code=call.kind != "op")

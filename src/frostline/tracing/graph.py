@@ -31,6 +31,7 @@ class Unit:
     outputs: list[Slot]
     held: bool = False  # autograd holds what it saved when the loss returns
     receives: frozenset[int] = frozenset()  # outputs that receive a gradient (output_nr for ops, else position)
+    reached: frozenset[int] | None = None  # outputs whose nodes the loss reaches, by position; None: of an op, its node
     ops: list[Call] = field(default_factory=list)  # the op calls of its forward
 
     @property
@@ -171,6 +172,14 @@ class Graph:
                 unit.held = True
         self.entangled = self._why_entangled()
         self._find_region_outputs()
+        reached = set(map(id, self._reached))
+        for unit in self.units:
+            if unit.call.kind != "op":
+                unit.reached = frozenset(
+                    position
+                    for position, slot in enumerate(unit.outputs)
+                    if slot.edge is not None and slot.edge[0] >= 0 and id(self.recorder.nodes[slot.edge[0]]) in reached
+                )
         self.forced_leaves = self._forced_leaves()
 
     def _why_entangled(self) -> str:

@@ -7,6 +7,9 @@ from tests.cases import CASES, subsets_for
 from tests.truth.comparing import differences, trace_case
 from tests.truth.reference import METHODS
 
+# Python code asks for requires_grad in these, so that each subset is a run of the whole step.
+RUN_AS_A_WHOLE = {"transformer_encoder_eval", "hooks"}
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_figure_equals_the_real_run(name: str) -> None:
@@ -21,6 +24,7 @@ def test_every_figure_equals_the_real_run(name: str) -> None:
         if (found := differences(trace, case, train, method))
     }
     assert not wrong, f"{len(wrong)} differ, the first: {next(iter(wrong.items()))}"
+    assert bool(trace.entangled) == (name in RUN_AS_A_WHOLE), trace.entangled
 
 
 def test_the_comparison_can_fail() -> None:

@@ -197,7 +197,8 @@ def test_a_checkpoint_is_held_by_the_outputs_that_the_loss_reaches_alone() -> No
             def region(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
                 return torch.cat([y, y]), torch.tanh(y + z)
 
-            joined, _ = checkpoint(region, self.a(x), x * 2.5, use_reentrant=False)
+            joined, other = checkpoint(region, self.a(x), x * 2.5, use_reentrant=False)
+            other.exp()
             return self.b(joined).square().mean()
 
     assert_equals_the_real_run(build(lambda: ZooCase(TwoOutputs(), torch.randn(5, 3))))

@@ -373,8 +373,12 @@ class Graph:
             if unit.call.kind == "op":
                 continue
             unit.receives = frozenset(i for i, slot in enumerate(unit.outputs) if slot.edge in edges)
-            if not entries.get(unit, set()) <= {slot.edge for slot in unit.outputs}:
-                # It came in at the base of a view that was returned and then written to.
+            if entries.get(unit, set()) <= {slot.edge for slot in unit.outputs}:
+                continue
+            # It came in at the base of a view that was returned and then written to.
+            if unit.call.kind == "torch":  # the view stands for it
+                unit.receives = frozenset(i for i, slot in enumerate(unit.outputs) if slot.edge is not None)
+            else:
                 self.entangled = f"a gradient enters {unit.call.name} elsewhere than at what it returned"
 
     def _passes(self, node: Any, numbers: frozenset[int], defined: Defined) -> frozenset[int]:

@@ -258,7 +258,8 @@ def _aliased_arguments(op: Any) -> tuple[int | None, ...]:
                     for position, argument in enumerate(op._schema.arguments)
                     if alias is not None
                     and argument.alias_info is not None
-                    and argument.alias_info.before_set & alias.before_set
+                    # (Of a list of views, as split's, only the argument knows: it may be aliased by anything.)
+                    and (argument.alias_info.before_set & alias.before_set or "*" in argument.alias_info.after_set)
                 ),
                 None,
             )

@@ -106,6 +106,7 @@ class Recorder:
         self._pending: list[tuple[Call, tuple[Any, ...]]] = []
         self.function_nodes: dict[int, Call] = {}  # node index -> the call that made it
         self.always_edges: set[Edge] = set()  # `requires_grad_()` was called on their tensors
+        self.used: set[int] = set()  # tensors that an op has taken
         self.num_values = 0
         self._kept: list[Tensor] | None = [] if keep else None
         self._values: dict[int, tuple[int, Any]] = {}
@@ -264,6 +265,8 @@ class Recorder:
                 call.hooks = hooks
             if kind == "op" and any(slot.edge == NOWHERE for slot in inputs):
                 self.entangled = "a view made under no_grad is used outside it"
+        if kind == "op":
+            self.used.update(slot.value for slot in inputs)
         call.first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         return call
 
@@ -516,6 +519,8 @@ class CallMode(TorchFunctionMode):
                 edge = recorder.edge_of(tensor)
                 if edge is not None:
                     recorder.always_edges.add(edge)
+                    if recorder.value_of(tensor) in recorder.used:
+                        recorder.entangled = "requires_grad_() is called on a tensor that was used before"
             return result
         if getattr(func, "__name__", "") in ("__get__", "__set__"):
             return func(*args, **kwargs)

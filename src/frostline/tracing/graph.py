@@ -172,14 +172,7 @@ class Graph:
                 unit.held = True
         self.entangled = self._why_entangled()
         self._find_region_outputs()
-        reached = set(map(id, self._reached))
-        for unit in self.units:
-            if unit.call.kind != "op":
-                unit.reached = frozenset(
-                    position
-                    for position, slot in enumerate(unit.outputs)
-                    if slot.edge is not None and slot.edge[0] >= 0 and id(self.recorder.nodes[slot.edge[0]]) in reached
-                )
+        self._find_reached_outputs()
         self.forced_leaves = self._forced_leaves()
 
     def _why_entangled(self) -> str:
@@ -317,6 +310,19 @@ class Graph:
         visit(self.tape.calls, ())
         if self.tape.loss is not None:
             use(self.tape.loss, ())
+
+    def _find_reached_outputs(self) -> None:
+        """Which outputs of calls with several nodes the loss keeps alive."""
+        reached = set(map(id, self._reached))
+        for unit in self.units:
+            if unit.call.kind != "op":
+                found = frozenset(
+                    position
+                    for position, slot in enumerate(unit.outputs)
+                    if slot.edge is not None and slot.edge[0] >= 0 and id(self.recorder.nodes[slot.edge[0]]) in reached
+                )
+                # (None of them, though the unit is: at the base of a view that it returned, which stands for it.)
+                unit.reached = found or None
 
     # -- which outputs receive a gradient ------------------------------------------------------------------------------
 

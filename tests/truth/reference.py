@@ -381,6 +381,8 @@ class _Recorder(TorchDispatchMode):
             self._origins[key] = origin
 
     def _origin(self, tensor: Tensor) -> _Origin:
+        if tensor.layout == torch.sparse_coo:
+            return self._origin(tensor._indices()) | self._origin(tensor._values())
         key = self._storages.see(tensor)
         return _Origin.DATA if key is None else self._origins.setdefault(key, _Origin.DATA)
 

@@ -1,6 +1,6 @@
 """Random networks, random flags, every method: every figure equals the real run.
 
-300 networks by default; ``FROSTLINE_EXAMPLES=5000`` asks for more.
+300 networks by default; ``FROSTLINE_EXAMPLES=5000`` asks for more (``-n 2`` shares them between two processes).
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from tests.cases import Case
 from tests.truth.comparing import differences, trace_case
 from tests.truth.random_networks import BLOCKS, DRAFTED, INPUTS, Draft, Example, Program, examples, write
 from tests.truth.reference import METHODS, Method
 
 COUNT = int(os.environ.get("FROSTLINE_EXAMPLES", "300"))
+SHARDS = max(2, COUNT // 250)  # so that several processes can share them
 QUIET = pytest.mark.filterwarnings("ignore")  # whatever torch warns of in a network that nobody wrote
 
 
@@ -36,17 +37,20 @@ def eager_refuses(case: Case, train: list[str], method: Method) -> bool:
 
 
 @QUIET
-@settings(
-    max_examples=COUNT,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],  # a failing network prints as a script; shrinking it would take longer than the rest
-    # A network of thirty instructions takes some choosing; networks come in all sizes.
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-)
-@given(example=examples())
-def test_every_figure_of_a_random_network_equals_the_real_run(example: Example) -> None:
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_every_figure_of_a_random_network_equals_the_real_run(shard: int) -> None:
+    run = settings(
+        max_examples=COUNT // SHARDS,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],  # a failing network prints as a script; shrinking it would take longer than the rest
+        # A network of thirty instructions takes some choosing; networks come in all sizes.
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    )
+    seed(shard)(run(given(example=examples())(check)))()
+
+
+def check(example: Example) -> None:
     case = example.program.case()
     assume(not eager_refuses(case, [name for name, _ in case.model.named_parameters()], "optimizer-only"))
     trace = trace_case(case)

@@ -252,3 +252,38 @@ class CustomOpNet(nn.Module):
 @case()
 def custom_op() -> Case:
     return Case(CustomOpNet(), torch.randn(3, 5), mean_square)
+
+
+class Rerun(torch.autograd.Function):
+    """Runs a module again in its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.module(x)
+        torch.autograd.backward(y, grad)
+        return x.grad, None
+
+
+class RunsAgain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.again = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Rerun.apply(self.before(x), self.again))
+
+
+@case()
+def function_runs_a_module_again() -> Case:
+    """As reversible layers do; the dropout's mask is made like the activation, and is no gradient."""
+    return Case(RunsAgain(), torch.randn(5, 4), mean_square)

@@ -88,3 +88,21 @@ class Spectrum(nn.Module):
 @case()
 def complex_spectrum() -> Case:
     return Case(Spectrum(), torch.randn(4, 8), mean_square)
+
+
+class CastInsideACall(nn.Module):
+    """One weight twice, on activations that are not contiguous: what `F.linear` runs, its cast too, depends on flags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.query(x).transpose(1, 2)
+            return self.out(y) + self.out(y * 1.5)
+
+
+@case()
+def autocast_cast_inside_a_call() -> Case:
+    return Case(CastInsideACall(), torch.randn(2, 4, 4), lambda out: out.float().square().mean())

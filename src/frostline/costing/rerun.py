@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from frostline.costing.entry import Entry, bits_of, charge, numbers_in, op_cost
@@ -25,8 +26,15 @@ class Rerun:
     def __init__(self, trace: Trace, forward_flags: int, backward_flags: int | None) -> None:
         everything = (1 << len(trace.parameter_list)) - 1
         wanted = None if backward_flags is None else frozenset(numbers_in(backward_flags & everything))
-        rehearsal = trace.rehearsal
-        self.step = step = run_whole(rehearsal, frozenset(numbers_in(forward_flags & everything)), wanted)
+        rehearsal, trainable = trace.rehearsal, frozenset(numbers_in(forward_flags & everything))
+        try:
+            self.step = run_whole(rehearsal, trainable, wanted)
+        except Exception:
+            if rehearsal.real or any(p.device.type == "meta" for p in trace.parameter_list):
+                raise
+            rehearsal = replace(rehearsal, real=True)  # fake tensors went forward, not back: some sparse ones, say
+            self.step = run_whole(rehearsal, trainable, wanted)
+        step = self.step
         self.storage_bytes = list(step.storage_bytes)
         if not rehearsal.real:
             for storage, nbytes in true_sizes(step.forward, rehearsal.fake_mode).items():

@@ -17,7 +17,17 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.tracing.calls import UNSEEN, Side, TensorMeta, aliases, describe, result_side, tensors_in, written
+from frostline.tracing.calls import (
+    UNSEEN,
+    Side,
+    TensorMeta,
+    aliases,
+    describe,
+    makes_constant,
+    result_side,
+    tensors_in,
+    written,
+)
 
 Mark = tuple[int, int]  # (number of a recorded op, which of its outputs)
 
@@ -164,7 +174,8 @@ class Recording(TorchDispatchMode):
                 [None] * len(outputs),
             )
         )
-        through: frozenset[Mark] = frozenset().union(*(self._marks_of(t) for t in given))
+        # (What has nothing of its arguments' values carries nothing on: a dropout's mask is no part of a gradient.)
+        through: frozenset[Mark] = frozenset().union(*(self._marks_of(t) for t in given if not makes_constant(op)))
         for position, tensor in enumerate(flat):
             if isinstance(tensor, Tensor):
                 self._mark(tensor, through | {(number, position)})

@@ -180,12 +180,15 @@ class Graph:
         if self.recorder.entangled:
             return self.recorder.entangled
         kept = []
-        cached = _casts_of_weights(self.tape.calls)
+        casts = _casts_of_weights(self.units)
+        cached = _casts_of_weights(unit for unit in self.units if unit.call.kind != "op")
         for unit in self.units:
             call = unit.call
             where = f"in module {call.module or '(the model)'!r}"
             if call.kind != "op" and any(map(values_decide_shape, unit.ops)):
                 return f"values decide what {call.name} {where} runs"
+            if call.autocast and any(slot.value in cached for slot in call.captured):
+                return f"{call.name} {where} uses a cast that autocast had cached inside another call"
             if call.kind != "checkpoint":
                 continue
             if call.recompute and any(slot.edge is not None and not slot.is_leaf for slot in call.captured):
@@ -195,7 +198,7 @@ class Graph:
                 )
             if call.is_reentrant and any(slot.storage in self.tape.excluded for slot in call.outputs):
                 return f"a reentrant checkpoint {where} returns a view of a parameter"
-            if call.autocast and any(slot.value in cached for slot in call.captured):
+            if call.autocast and any(slot.value in casts for slot in call.captured):
                 return f"a checkpoint {where} uses a cast that autocast had cached before it"
             if unit.held and call.is_region:
                 slots = [slot for slot in unit.inputs if slot.edge is not None and slot.edge[0] >= 0]
@@ -440,12 +443,12 @@ def _capture(slots: Iterable[Slot], known: set[int], call: Call) -> None:
             call.captured.append(slot)
 
 
-def _casts_of_weights(calls: Iterable[Call]) -> set[int]:
-    """The tensors that are a parameter in another dtype: autocast may have cached them."""
+def _casts_of_weights(units: Iterable[Unit]) -> set[int]:
+    """The tensors made in ``units`` that are a parameter in another dtype: autocast may have cached them."""
     return {
         op.outputs[0].value
-        for call in calls
-        for op in call.ops()
+        for unit in units
+        for op in unit.ops
         if op.target is torch.ops.aten._to_copy.default and op.inputs[0].is_leaf
     }
 

@@ -70,7 +70,7 @@ class Rehearsal:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_quiet_fake_kernels())
+            stack.enter_context(quiet_fake_kernels())
             args, kwargs = lender.inputs()
             if not self.real:
                 stack.enter_context(self.fake_mode)
@@ -119,7 +119,7 @@ class Rehearsal:
 
 
 @contextmanager
-def _quiet_fake_kernels() -> Iterator[None]:
+def quiet_fake_kernels() -> Iterator[None]:
     """Torch logs a traceback for each fake kernel that fails; what follows from it is said elsewhere."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.disabled

@@ -208,7 +208,8 @@ class Trace:
             why = "values decide what runs" if data_decides else "fake tensors cannot go through it"
             if isinstance(error, UnsupportedOperatorException):
                 why = "an op has no fake kernel"
-            return tape, f"traced by one real forward: {why} ({type(error).__name__})"
+            said = str(error).partition("\n")[0]
+            return tape, f"traced by one real forward: {why} ({type(error).__name__}: {said})"
 
     def _compare_with_frozen(self) -> str:
         """Record the step again with nothing trainable; mark what differs. Returns why it cannot be aligned, or ''."""

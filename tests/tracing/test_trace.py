@@ -279,3 +279,62 @@ def test_a_fused_encoder_takes_its_fused_path_only_where_it_is_frozen() -> None:
     fused = "aten._transformer_encoder_layer_fwd.default"
     assert fused in {row.name for row in trace.cost(train="head").by_op()}
     assert fused not in {row.name for row in trace.cost(train="@all").by_op()}
+
+
+class Clipped(nn.Module):
+    """Writes to its weights, and then lets values decide: fake tensors cannot go all the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(9, 4, max_norm=0.5), nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.out.weight.clamp_(-0.01, 0.01)
+        hidden = self.out(self.table(ids))
+        return hidden[hidden > 0].square().sum()
+
+
+def test_a_real_forward_that_writes_to_weights_leaves_them_as_they_were() -> None:
+    model, teacher = Clipped(), torch.ones(3)
+    before = {name: (p.clone(), p._version) for name, p in model.named_parameters()}
+
+    def step(lent: nn.Module) -> Tensor:
+        loss = lent(torch.tensor([1, 2, 3]))
+        teacher.mul_(0.5)  # not the model's, and written to all the same
+        return loss
+
+    trace = fl.trace(model, step=step)
+    assert trace.forward == "real"
+    trace.cost("out")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0]), name
+        assert parameter._version == before[name][1], name
+    assert torch.equal(teacher, torch.ones(3))
+
+
+def test_a_step_that_fails_for_real_too_leaves_the_weights_as_they_were() -> None:
+    model = nn.Linear(3, 2)
+    before = model.weight.clone()
+
+    def step(lent: nn.Module) -> Tensor:
+        with torch.no_grad():
+            lent.weight.mul_(0.5)
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        fl.trace(model, step=step)
+    assert torch.equal(model.weight, before)
+
+
+def test_an_input_of_another_dtype_fails_as_it_would_without_us() -> None:
+    with pytest.raises(RuntimeError, match="same dtype"):
+        fl.trace(nn.Linear(3, 2), torch.randn(4, 3, dtype=torch.float64), loss=lambda out: out.sum())
+
+
+def test_a_parameter_added_after_the_trace_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    trace = fl.trace(model, torch.randn(4, 3), loss=lambda out: out.sum())
+    model.add_module("1", nn.Linear(2, 2))
+    with pytest.raises(fl.FrostlineError, match=r"'1\.weight' was not in the model when it was traced"):
+        trace.cost("1")

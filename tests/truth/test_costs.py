@@ -8,7 +8,7 @@ from tests.truth.comparing import differences, trace_case
 from tests.truth.reference import METHODS
 
 # Python code asks for requires_grad, or a cached cast lies inside a call: each subset is a run of the whole step.
-RUN_AS_A_WHOLE = {"transformer_encoder_eval", "hooks", "autocast_cast_inside_a_call"}
+RUN_AS_A_WHOLE = {"transformer_encoder_eval", "hooks", "autocast_cast_inside_a_call", "forward_mode_inside"}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -101,8 +101,8 @@ def test_random_programs_run_and_mix_what_there_is() -> None:
 
 @QUIET
 def test_a_program_is_the_same_each_time_it_is_written() -> None:
-    for seed in range(20):
-        assert random_program(seed) == random_program(seed)
+    for number in range(20):
+        assert random_program(number) == random_program(number)
 
 
 def test_a_program_prints_as_source() -> None:

@@ -91,7 +91,7 @@ def complex_spectrum() -> Case:
 
 
 class CastInsideACall(nn.Module):
-    """One weight twice, on activations that are not contiguous: what `F.linear` runs, its cast too, depends on flags."""
+    """One weight twice, on activations that are not contiguous: what `F.linear` runs, casts too, depends on flags."""
 
     def __init__(self) -> None:
         super().__init__()

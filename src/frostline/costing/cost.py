@@ -13,7 +13,7 @@ from frostline.costing.engine import Ledger
 from frostline.costing.entry import Entry
 from frostline.costing.optimizers import OptimizerModel, SparseGradientsRefused, optimizer_model
 from frostline.costing.rerun import Rerun
-from frostline.errors import FrostlineError, TraceError
+from frostline.errors import FrostlineError, SubsetError, TraceError
 from frostline.subsets import Subset, resolve
 from frostline.tracing.calls import is_view
 
@@ -159,6 +159,9 @@ def cost(trace: Trace, train: Any, method: str, optimizer: Any) -> Cost:
     subset = train if isinstance(train, Subset) and train.shapes else resolve(train, trace.model)
     keeps = optimizer_model(optimizer)
     numbering = trace.parameter_numbers
+    later = [name for name in subset.names if name not in numbering]
+    if later:
+        raise SubsetError(f"{later[0]!r} was not in the model when it was traced: trace it again")
     numbers = frozenset([numbering[name] for name in subset.names])
     engine = trace._coster
     ledger, sums, forward, backward = engine.evaluate(numbers, method)

@@ -26,18 +26,11 @@ class Rerun:
     def __init__(self, trace: Trace, forward_flags: int, backward_flags: int | None) -> None:
         everything = (1 << len(trace.parameter_list)) - 1
         wanted = None if backward_flags is None else frozenset(numbers_in(backward_flags & everything))
-        rehearsal, trainable = trace.rehearsal, frozenset(numbers_in(forward_flags & everything))
-        try:
-            self.step = run_whole(rehearsal, trainable, wanted)
-        except Exception:
-            if rehearsal.real or any(p.device.type == "meta" for p in trace.parameter_list):
-                raise
-            rehearsal = replace(rehearsal, real=True)  # fake tensors went forward, not back: some sparse ones, say
-            self.step = run_whole(rehearsal, trainable, wanted)
+        self.step = _run(trace, frozenset(numbers_in(forward_flags & everything)), wanted)
         step = self.step
         self.storage_bytes = list(step.storage_bytes)
-        if not rehearsal.real:
-            for storage, nbytes in true_sizes(step.forward, rehearsal.fake_mode).items():
+        if not step.real:
+            for storage, nbytes in true_sizes(step.forward, trace.rehearsal.fake_mode).items():
                 self.storage_bytes[storage] = nbytes
         self.units = [_unit(step, index) for index in range(len(step.forward))]
         self._entries = self._charged()
@@ -75,6 +68,20 @@ class Rerun:
     def bytes_of(self, storages: int) -> int:
         """The bytes of a set of storages."""
         return sum(self.storage_bytes[number] for number in numbers_in(storages))
+
+
+def _run(trace: Trace, trainable: frozenset[int], wanted: frozenset[int] | None) -> WholeStep:
+    """The step on fake tensors, or, where they do not go all the way back and there are weights, on real ones."""
+    rehearsal = trace.rehearsal
+    settled = rehearsal.real or any(p.device.type == "meta" for p in trace.parameter_list)
+    try:
+        step = run_whole(rehearsal, trainable, wanted)
+        if settled or not step.sparse:  # (a fake sparse gradient has no rows)
+            return step
+    except Exception:
+        if settled:
+            raise
+    return run_whole(replace(rehearsal, real=True), trainable, wanted)
 
 
 def _unit(step: WholeStep, index: int) -> Unit:

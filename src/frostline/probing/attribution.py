@@ -88,6 +88,7 @@ class Recording(TorchDispatchMode):
         self._function_sides: dict[int, list[Side]] = {}
         self._marks: dict[int, frozenset[Mark]] = {}
         self._hooked: set[int] = set()
+        self._entered: set[int] = set()  # nodes that run, or have: a tensor's hooks run before its node does
 
     # -- forward: storages and sides -----------------------------------------------------------------------------------
 
@@ -170,7 +171,7 @@ class Recording(TorchDispatchMode):
                 outputs,
                 self.recomputing,
                 None if node is None else node._sequence_nr(),
-                node is None,
+                node is None or node._sequence_nr() not in self._entered,
                 [None] * len(outputs),
             )
         )
@@ -220,6 +221,7 @@ class Recording(TorchDispatchMode):
                 continue
             self._hooked.add(number)
             sides = self._slot_sides(node, number)
+            node.register_prehook(lambda _, number=number: self._entered.add(number))
             node.register_hook(
                 lambda gradients, _, sides=sides, number=number: self._landed(gradients, sides, done=number)
             )

@@ -34,6 +34,7 @@ class WholeStep:
         held: the storages (by the forward's numbers) that autograd held when the loss returned.
         trained: the parameters that got a gradient, by number, and the bytes of those that are sparse.
         parameter_of_leaf: index of a leaf -> parameter number.
+        real: whether it ran on real tensors.
         refusal: why autograd would not run this, where it would not.
     """
 
@@ -44,6 +45,7 @@ class WholeStep:
     trained: frozenset[int]
     sparse: tuple[tuple[int, int], ...]
     parameter_of_leaf: dict[int, int]
+    real: bool
     refusal: str = ""
 
 
@@ -54,7 +56,7 @@ def run_whole(rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset
         trainable: the parameters, by number, that require grad.
         wanted: those whose gradients ``backward(inputs=...)`` asks for; None: ``backward()``.
     """
-    held = _held(rehearsal, trainable)
+    held, storage_bytes = _held(rehearsal, trainable)
     followed = Recording()
     with rehearsal.staged(trainable, keep=False) as staged:
         recorder, lender = staged.recorder, staged.lender
@@ -67,7 +69,6 @@ def run_whole(rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset
             with CallMode(recorder):
                 loss = rehearsal.perform(staged)
             forward = tuple(recorder.root.ops())
-            storage_bytes = list(recorder.storage_bytes)
             recorder.current = Call("torch", None, (), {}, [], "", True)  # what backward runs is no part of the tape
             parameters = dict(lender.numbered())
             targets = None if wanted is None else [p for number, p in parameters.items() if number in wanted]
@@ -79,7 +80,17 @@ def run_whole(rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset
     got = {number: p.grad for number, p in parameters.items() if p.grad is not None}
     sparse = tuple((n, g._indices().nbytes + g._values().nbytes) for n, g in got.items() if g.is_sparse)
     backward = followed.take()
-    return WholeStep(forward, backward, held - staged.excluded, storage_bytes, frozenset(got), sparse, leaves, refusal)
+    return WholeStep(
+        forward,
+        backward,
+        held - staged.excluded,
+        storage_bytes,
+        frozenset(got),
+        sparse,
+        leaves,
+        rehearsal.real,
+        refusal,
+    )
 
 
 def _go_backward(loss: Tensor, targets: list[Tensor] | None) -> str:
@@ -95,30 +106,51 @@ def _go_backward(loss: Tensor, targets: list[Tensor] | None) -> str:
     return ""
 
 
-def _held(rehearsal: Rehearsal, trainable: frozenset[int]) -> frozenset[int]:
-    """The storages that autograd holds when the loss returns: what its nodes alone keep alive, or refer to."""
+def _held(
+    rehearsal: Rehearsal, trainable: frozenset[int], outside: frozenset[int] = frozenset()
+) -> tuple[frozenset[int], list[int]]:
+    """The storages that autograd holds when the loss returns, and the bytes of all: what only its nodes refer to.
+
+    Args:
+        outside: tensors, by number, that the step leaves somewhere (in a list, say): they are to keep no graph alive.
+    """
     gc.collect()
     gc.freeze()  # what is alive already need not be looked through again
     try:
-        root, recorder = _root(rehearsal, trainable)
+        root, recorder, excluded = _root(rehearsal, trainable)
+        _ungraph(recorder, outside)
         gc.collect()
         before = _references(recorder)
         del root
         gc.collect()
         after = _references(recorder)
+        left = _with_graph(recorder)
     finally:
         gc.unfreeze()
-    return frozenset(number for key, (number, count) in before.items() if count > after.get(key, (number, 0))[1])
+    if left and not outside:
+        return _held(rehearsal, trainable, left)
+    held = {number for key, (number, count) in before.items() if count > after.get(key, (number, 0))[1]}
+    return frozenset(held - excluded), list(recorder.storage_bytes)
 
 
-def _root(rehearsal: Rehearsal, trainable: frozenset[int]) -> tuple[Any, Recorder]:
+def _with_graph(recorder: Recorder) -> frozenset[int]:
+    return frozenset(value for value, _, tensor in recorder.living() if tensor.grad_fn is not None)
+
+
+def _ungraph(recorder: Recorder, values: frozenset[int]) -> None:
+    for value, _, tensor in recorder.living():
+        if value in values and not tensor._is_view():
+            tensor.detach_()
+
+
+def _root(rehearsal: Rehearsal, trainable: frozenset[int]) -> tuple[Any, Recorder, frozenset[int]]:
     """Where the backward of one step starts, and a recorder that knows its tensors; all else is let go."""
     with rehearsal.staged(trainable, keep=False) as staged:
         recorder = staged.recorder
         with recording(recorder, fake=not rehearsal.real):
             root = rehearsal.perform(staged).grad_fn
     recorder.forget_graph()
-    return root, recorder
+    return root, recorder, staged.excluded
 
 
 def _references(recorder: Recorder) -> dict[Any, tuple[int, int]]:

@@ -157,7 +157,9 @@ class Graph:
     def _select_units(self) -> None:
         calls = list(units_of(self.tape.calls))
         owners = self._match(calls, self._reached)
-        enclosing = [owner for owner in self._orphans if owner is not None]
+        enclosing = [owner for owner in self._orphans if owner is not None and owner.replayable]
+        if any(owner is not None and not owner.replayable for owner in self._orphans):
+            self.recorder.entangled = "forward-mode differentiation, or a transform of torch.func, lies in a call"
         if enclosing:  # a node made by no op (a C++ autograd function): probe the torch call around it as a whole
             for call in enclosing:
                 call.opaque = True

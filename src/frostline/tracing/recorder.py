@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -113,8 +114,12 @@ class Recorder:
         self._node_index: dict[int, int] = {}
         self._leaf_index: dict[int, int] = {}
         self._storage_index: dict[int, int] = {}
+        self._without_storage: dict[int, tuple[int, Any]] = {}
         self._known: dict[int, tuple[int, Tensor]] = {}
         self._metas: dict[TensorMeta, TensorMeta] = {}
+        self.lent: dict[int, torch.UntypedStorage] = {}  # the user's own storages, by address
+        self.backups: dict[int, torch.UntypedStorage] = {}  # what those that were written to held before
+        self.made: set[int] = set()  # storages that ops made
         self.own: set[int] = set()  # storages made during the trace: may be changed in place for real
         self.unknown: set[int] = set()  # storages of real tensors whose values are not what a real run would hold
 
@@ -181,10 +186,10 @@ class Recorder:
                 self.storage_refs[storage._cdata] = StorageWeakRef(storage)
 
     def _storage_of_parts(self, tensor: Tensor, side: Side) -> int:
-        key = -id(tensor)
-        number = self._storage_index.get(key)
-        if number is None:
-            number = self._storage_index[key] = len(self.storage_bytes)
+        number, known = self._without_storage.get(id(tensor), (-1, None))
+        if known is None or known() is not tensor:
+            number = len(self.storage_bytes)
+            self._without_storage[id(tensor)] = (number, weakref.ref(tensor))
             self.storage_bytes.append(0)
             self.sides.append(side)
         return number
@@ -246,6 +251,27 @@ class Recorder:
         """Say what tensors that exist before the run are: parameters, buffers, inputs."""
         for tensor in tensors:
             self.sides[self.storage_of(tensor, side)] = side
+
+    def back_up(self, tensors: Iterator[Tensor], *, everything: bool) -> None:
+        """Keep what storages hold that are about to be written to for real.
+
+        Args:
+            everything: all that the run did not make, such as a tensor in a closure; else what was lent to it.
+        """
+        for tensor in tensors:
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                continue
+            storage = tensor.untyped_storage()
+            foreign = everything and self.storage_of(tensor, Side.DATA) not in self.made
+            if (foreign or storage._cdata in self.lent) and storage._cdata not in self.backups:
+                self.lent[storage._cdata] = storage
+                self.backups[storage._cdata] = storage.clone()
+
+    def give_back(self) -> None:
+        """Put into the user's storages what they held."""
+        for address, backup in self.backups.items():
+            self.lent[address].copy_(backup)
+        self.backups.clear()
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
@@ -416,6 +442,11 @@ class OpMode(TorchDispatchMode):
             recorder.storage_of(args[0], Side.CONSTANT)
         call = recorder.begin("op", op, args, kwargs)
         given = call.inputs
+        if op._schema.is_mutable:
+            recorder.back_up(written(op, args, kwargs), everything=not self.fake)
+        num_storages = len(recorder.storage_bytes)
+        if self.fake:
+            _check_dtypes(op, given)
         result = self._run_for_real(op, args, kwargs, given) if self.fake else NotImplemented
         if result is NotImplemented:
             result = op(*(self._known_masks_as_indices(op, args) if self.fake else args), **kwargs)
@@ -434,6 +465,7 @@ class OpMode(TorchDispatchMode):
             call.outputs.clear()
             result = laid_out
             recorder.end(call, result, side)
+        recorder.made.update(range(num_storages, len(recorder.storage_bytes)))
         recorder.own.update(slot.storage for slot in call.outputs)
         recorder.current.children.append(call)
         return result
@@ -473,6 +505,17 @@ class OpMode(TorchDispatchMode):
             return NotImplemented
         with unset_fake_temporarily():
             return op(*args, **kwargs)
+
+
+_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::mv", "aten::addmv", "aten::dot"}
+
+
+def _check_dtypes(op: Any, given: list[Slot]) -> None:
+    """Fake products take dtypes that the real ones refuse: a float64 input from NumPy, most often."""
+    if op._schema.name in _PRODUCTS:
+        a, b = given[-2].meta.dtype, given[-1].meta.dtype
+        if a != b:
+            raise RuntimeError(f"expected m1 and m2 to have the same dtype, but got: {a} != {b}")
 
 
 _FRESH = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
@@ -525,7 +568,8 @@ class CallMode(TorchFunctionMode):
         if getattr(func, "__name__", "") in ("__get__", "__set__"):
             return func(*args, **kwargs)
         call = recorder.begin("torch", func, args, kwargs)
-        call.replayable = torch._C._functorch.peek_interpreter_stack() is None and func is not torch.autograd.grad
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        call.replayable = not transformed and func is not torch.autograd.grad
         call.autocast = autocast_state()
         with recorder.inside(call):
             result = func(*args, **kwargs)

@@ -66,9 +66,9 @@ class Rehearsal:
         names = {id(module): name for name, module in self.model.named_modules()}
         recorder = Recorder(keep=keep, module_names=names, frozen=not trainable)
         lender = Lender(self, trainable)
-        with drawing_from(self.rng), lender.lent(), ExitStack() as stack:
+        with drawing_from(self.rng), torch.inference_mode(False), lender.lent(), ExitStack() as stack:
+            stack.callback(recorder.give_back)
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(quiet_fake_kernels())
             args, kwargs = lender.inputs()
@@ -78,9 +78,8 @@ class Rehearsal:
             recorder.seal(iter(lender.constants), Side.CONSTANT)
             excluded = frozenset(recorder.storage_of(t, Side.CONSTANT) for t in (*lender.parameters, *lender.buffers))
             recorder.own.update(recorder.storage_of(t, Side.CONSTANT) for t in lender.constants)
-            given = list(tensors_in((args, kwargs)))
-            recorder.seal(iter(given), Side.DATA)
-            recorder.own.update(recorder.storage_of(t, Side.DATA) for t in given)
+            recorder.seal(tensors_in((args, kwargs)), Side.DATA)
+            recorder.lent.update(lender.storages)
             yield Staged(recorder, lender, args, kwargs, excluded)
 
     def perform(self, staged: Staged, then: Callable[[], None] | None = None) -> Tensor:
@@ -159,6 +158,7 @@ class Lender:
         self.parameters: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self.constants: list[Tensor] = []
+        self.storages: dict[int, torch.UntypedStorage] = {}  # the user's own, by address
         self.trainable = trainable
         self.number = {id(p): n for n, p in enumerate(rehearsal.parameters.values())}
 
@@ -175,7 +175,7 @@ class Lender:
         entry = self.memo.get(id(tensor))
         if entry is None:
             trains = self.number.get(id(tensor)) in self.trainable
-            data = self._empty_like(tensor) if self.fake else tensor.detach()
+            data = self._empty_like(tensor) if self.fake else self._alias(tensor)
             entry = (nn.Parameter(data, requires_grad=trains), tensor)
             self.memo[id(tensor)] = entry
             self.parameters.append(entry[0])
@@ -206,6 +206,15 @@ class Lender:
                 kind.append(lent)
         return entry[0]
 
+    def _alias(self, tensor: Tensor) -> Tensor:
+        """The user's own memory, with a version counter of its own; what is written to it is undone."""
+        if tensor.is_inference() or tensor.layout is not torch.strided or tensor.is_nested:
+            return tensor.detach().clone()
+        lent = tensor.data
+        storage = lent.untyped_storage()
+        self.storages[storage._cdata] = storage
+        return lent
+
     def _empty_like(self, tensor: Tensor) -> Tensor:
         with self.rehearsal.fake_mode:
             if tensor.layout is not torch.strided:
@@ -214,18 +223,18 @@ class Lender:
             return torch.empty_strided(size, stride, dtype=tensor.dtype, device=self.rehearsal.device)
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The step's inputs: copies by value on the device asked for, so that known values stay known."""
+        """The step's inputs on the device asked for: the user's storages, so that what shares them still does."""
         device = self.rehearsal.device
 
         def lend(tensor: Tensor) -> Tensor:
             entry = self.memo.get(id(tensor))
             if entry is None:
-                if tensor.device == device or (not self.fake and tensor.device.type != "meta"):
-                    lent = tensor.detach().to(device, copy=True)
-                elif self.fake and tensor.device.type == "cpu" and device.type == "cpu":
-                    lent = tensor.detach().clone()
-                else:
+                if tensor.device == device:
+                    lent = self._alias(tensor)
+                elif self.fake or tensor.device.type == "meta":
                     lent = self._empty_like(tensor)
+                else:
+                    lent = tensor.detach().to(device, copy=True)
                 if tensor.requires_grad:
                     lent.requires_grad_()
                 entry = (lent, tensor)

@@ -49,6 +49,8 @@ def flops(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outputs
     if formula is None:
         return (0,) * len(outputs) if is_free(op) else None
     bound = bind(op, args, kwargs)
+    if any(getattr(value, "is_nested", False) for value in bound.values()):
+        return None
     if any(_is_sparse(value) for value in bound.values()):
         return None
     count = formula(bound, outputs)

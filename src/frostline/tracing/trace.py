@@ -134,7 +134,7 @@ def _labels(rehearsal: Rehearsal) -> dict[str, Tensor]:
     return made_up_labels(rehearsal.model, rehearsal.kwargs, rehearsal.args, seen[-1] if seen else None)
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
     """The record of one step. `cost` answers for any subset; see DESIGN's words in ``docs/glossary.md``.
 
@@ -172,6 +172,10 @@ class Trace:
         diverges = self._compare_with_frozen()
         self.graph = Graph(self.tape_on)
         self.entangled = diverges or self.graph.entangled
+
+    def __repr__(self) -> str:
+        model = f"{type(self.model).__name__}, {len(self.parameters)} parameter tensors"
+        return f"<Trace of {model}: {len(self.graph.units)} op calls, {self.forward} forward, {self.device}>"
 
     def _first_tape(self, everything: frozenset[int]) -> Tape:
         tape, note = self.record(everything)

@@ -7,8 +7,12 @@ from tests.cases import CASES, subsets_for
 from tests.truth.comparing import differences, trace_case
 from tests.truth.reference import METHODS
 
-# Python code asks for requires_grad, or a cached cast lies inside a call: each subset is a run of the whole step.
-RUN_AS_A_WHOLE = {"transformer_encoder_eval", "hooks", "autocast_cast_inside_a_call", "forward_mode_inside"}
+# Each subset is a run of the whole step: Python code asks for requires_grad, a cached cast or a tangent lies inside a
+# call, or a checkpoint inside another.
+RUN_AS_A_WHOLE = {
+    *("transformer_encoder_eval", "hooks", "autocast_cast_inside_a_call", "forward_mode_inside"),
+    "checkpoint_nested_dropout",
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -202,8 +202,8 @@ class Graph:
                 return f"a reentrant checkpoint {where} returns a view of a parameter"
             if call.autocast and any(slot.value in casts for slot in call.captured):
                 return f"a checkpoint {where} uses a cast that autocast had cached before it"
-            if any(slot.storage not in self.tape.excluded for inner in _nested(call) for slot in inner.captured):
-                return f"a checkpoint {where} holds another one that uses tensors it is not given"
+            if _holds_checkpoint(call.children) or any(_holds_checkpoint(again.children) for again in call.recompute):
+                return f"a checkpoint {where} holds another one"
             if unit.held and call.is_region:
                 slots = [slot for slot in unit.inputs if slot.edge is not None and slot.edge[0] >= 0]
                 kept += [self.recorder.nodes[slot.edge[0]] for slot in slots if slot.edge is not None]
@@ -447,12 +447,8 @@ def _capture(slots: Iterable[Slot], known: set[int], call: Call) -> None:
             call.captured.append(slot)
 
 
-def _nested(call: Call) -> Iterator[Call]:
-    """The checkpoints inside a checkpoint."""
-    for child in (*call.children, *(inner for again in call.recompute for inner in again.children)):
-        if child.kind == "checkpoint":
-            yield child
-        yield from _nested(child)
+def _holds_checkpoint(calls: Iterable[Call]) -> bool:
+    return any(call.kind == "checkpoint" or _holds_checkpoint(call.children) for call in calls)
 
 
 def _casts_of_weights(units: Iterable[Unit]) -> set[int]:

@@ -117,11 +117,16 @@ def test_a_pattern_need_only_match_in_one_of_several_targets(frost: Any) -> None
     assert "no row 2: nothing in this Cut matches it" in out
 
 
-def test_an_input_can_be_asked_for_by_position_name_and_dtype(rows_of: Any) -> None:
-    named = rows_of(f"{FILE}:scalar_model", "--input", "x=8x16:float64", "--input", "scale=1", "--train", "@all")
+def test_an_input_can_be_asked_for_by_position_name_and_dtype(frost: Any, rows_of: Any) -> None:
+    named = rows_of(f"{FILE}:scalar_model", "--input", "x=8x16:float32", "--input", "scale=1", "--train", "@all")
     assert named["@all"]["forward_flops"] == 2 * 8 * 16 * 4
-    tokens = rows_of(f"{FILE}:tokens_model", "--input", "4x10", "--train", "head")
-    assert tokens["head"]["forward_flops"] == 2 * 40 * 8 * 2
+    for tokens in (
+        rows_of(f"{FILE}:tokens_model", "--input", shape, "--train", "head") for shape in ("4x10", "4x10:int32")
+    ):
+        assert tokens["head"]["forward_flops"] == 2 * 40 * 8 * 2
+    code, _, err = frost("cost", f"{FILE}:scalar_model", "--input", "x=8x16:float64", "--train", "@all")
+    assert code == 2
+    assert "must have the same dtype" in err
 
 
 def test_a_module_can_be_named_in_place_of_a_file(rows_of: Any) -> None:

@@ -81,25 +81,6 @@ class Masked(nn.Module):
         return checkpoint(lambda y: self.b(y[y.detach().sum(-1) > 0]), hidden, use_reentrant=False).square().sum()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")  # torch's own, about its decompositions
-def test_forward_mode_differentiation_inside_a_step_is_run_as_a_whole() -> None:
-    # (Not in the zoo: a tangent of zeros has a storage that torch never allocates, and it is counted.)
-    def make() -> Case:
-        x, v = torch.randn(5, 3), torch.randn(5, 3)
-
-        def step(model: nn.Module) -> Tensor:
-            y, tangent = torch.func.jvp(model, (x,), (v,))
-            return y.square().mean() + tangent.square().mean()
-
-        return Case(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), step=step)
-
-    case = build(make)
-    trace = trace_case(case)
-    assert trace.entangled
-    for train in subsets_for(case).values():
-        assert differences(trace, case, train, "freeze") == {}, train
-
-
 @pytest.mark.parametrize("kind", [Captures, Leaving, Masked])
 def test_what_single_calls_cannot_tell_is_run_as_a_whole(kind: type[nn.Module]) -> None:
     case = build(lambda: Case(kind(), torch.randn(6, 4)))

@@ -196,7 +196,8 @@ class _SeeEverything(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
         for tensor in _tensors((args, kwargs, out)):
-            self.storages.see(tensor)
+            if not tensor._is_zerotensor():  # forward mode's tangents of zeros: a storage that is never allocated
+                self.storages.see(tensor)
         return out
 
 

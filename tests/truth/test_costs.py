@@ -7,10 +7,11 @@ from tests.cases import CASES, subsets_for
 from tests.truth.comparing import differences, trace_case
 from tests.truth.reference import METHODS
 
-# Each subset is a run of the whole step: Python code asks for requires_grad, a cached cast lies inside a call, or a
-# checkpoint inside another.
+# Each subset is a run of the whole step: Python code asks for requires_grad, a cached cast or a tangent lies inside a
+# call, or a checkpoint inside another.
 RUN_AS_A_WHOLE = {
-    *("transformer_encoder_eval", "hooks", "autocast_cast_inside_a_call", "checkpoint_nested_dropout"),
+    *("transformer_encoder_eval", "hooks", "autocast_cast_inside_a_call", "forward_mode_inside"),
+    "checkpoint_nested_dropout",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,3 +255,17 @@ def next_token_from_one_batch() -> Case:
     ids = torch.randint(0, 16, (2, 12))
     model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16))
     return Case(model, ids[:, :-1], lambda out: functional.cross_entropy(out.transpose(1, 2), ids[:, 1:]))
+
+
+@case()
+def forward_mode_inside() -> Case:
+    """A Jacobian-vector product by forward-mode differentiation, then a backward through it."""
+    x, v = torch.randn(5, 3), torch.randn(5, 3)
+
+    def step(model: nn.Module) -> Tensor:
+        with warnings.catch_warnings():  # torch's own, about how it decomposes forward-mode derivatives
+            warnings.simplefilter("ignore", DeprecationWarning)
+            y, tangent = torch.func.jvp(model, (x,), (v,))
+        return y.square().mean() + tangent.square().mean()
+
+    return Case(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), step=step)

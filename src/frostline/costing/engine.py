@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from frostline.costing.entry import Entry, backward_flops, bits_of, charge, op_cost
+from frostline.costing.entry import Entry, backward_flops, bits_of, charge, forward_entry
 from frostline.costing.rerun import Rerun
 from frostline.errors import FrostlineError
 from frostline.probing.probe import Probe, Question, probe_hook
@@ -87,7 +87,7 @@ class Ledger:
         for unit in self.units:
             varies = unit.call.varies
             if not varies:
-                self.base.add(self._forward(unit))
+                self.base.add(forward_entry(unit))
             if not unit.held and not varies:
                 continue
             distinct = sorted({index_of.setdefault(bits, len(index_of)) for bits in unit.behind if bits})
@@ -100,20 +100,8 @@ class Ledger:
 
     # -- one unit ------------------------------------------------------------------------------------------------------
 
-    def _forward(self, unit: Unit) -> Entry:
-        """What the unit's forward costs, whatever trains."""
-        entry = Entry()
-        for op in unit.ops:
-            counted, moved = op_cost(op)
-            if counted is None:
-                entry.uncounted |= {(str(op.target), unit.module)}
-            else:
-                entry.forward_flops += counted
-            entry.moved_bytes += moved
-        return entry
-
     def unit_entry(self, unit: Unit, live: Iterable[bool], wanted: Iterable[bool] | None) -> Entry:
-        """What a unit costs beyond `_forward`.
+        """What a unit costs beyond `forward_entry`.
 
         Args:
             live: which inputs require grad while the forward runs.
@@ -273,7 +261,7 @@ class Ledger:
                 entry.add(beside[unit])
             varies = unit.call.varies
             if not varies:
-                entry.add(self._forward(unit))
+                entry.add(forward_entry(unit))
             if varies or unit.held:
                 entry.add(self.unit_entry(unit, *self.unit_flags(unit, live, wanted)))
             yield unit, entry

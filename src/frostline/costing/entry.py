@@ -11,6 +11,7 @@ import torch
 from frostline.costing.formulas import flops
 from frostline.probing.attribution import RanOp
 from frostline.tracing.calls import Call, Side, TensorMeta, fill, freeze, is_view
+from frostline.tracing.graph import Unit
 
 
 @dataclass(slots=True)
@@ -41,6 +42,19 @@ class Entry:
         self.unconfirmed |= other.unconfirmed
         self.refusal = self.refusal or other.refusal
         self.sparse += other.sparse
+
+
+def forward_entry(unit: Unit) -> Entry:
+    """What the forward of a unit costs, by its recorded ops."""
+    entry = Entry()
+    for op in unit.ops:
+        counted, moved = op_cost(op)
+        if counted is None:
+            entry.uncounted |= {(str(op.target), unit.module)}
+        else:
+            entry.forward_flops += counted
+        entry.moved_bytes += moved
+    return entry
 
 
 def charge(entry: Entry, op: RanOp, module: str, *, forward: bool = False) -> None:

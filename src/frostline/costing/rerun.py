@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from frostline.costing.entry import Entry, bits_of, charge, numbers_in, op_cost
+from frostline.costing.entry import Entry, bits_of, charge, forward_entry, numbers_in
 from frostline.probing.sizes import true_sizes
 from frostline.probing.whole import WholeStep, run_whole
 from frostline.tracing.graph import Unit
@@ -44,7 +44,7 @@ class Rerun:
 
     def _charged(self) -> list[Entry]:
         """What each unit costs. A backward op counts for the unit whose autograd node ran it."""
-        entries = [_forward(unit) for unit in self.units]
+        entries = [forward_entry(unit) for unit in self.units]
         first_nodes = [op.first_node for op in self.step.forward]
         for op in self.step.backward:
             # A node is numbered before the first op that its forward runs.
@@ -94,13 +94,3 @@ def _unit(step: WholeStep, index: int) -> Unit:
         for slot in call.inputs
     ]
     return Unit(call, call.inputs, behind, call.outputs, held=True, ops=[call])
-
-
-def _forward(unit: Unit) -> Entry:
-    entry = Entry()
-    counted, entry.moved_bytes = op_cost(unit.call)
-    if counted is None:
-        entry.uncounted = frozenset({(str(unit.call.target), unit.module)})
-    else:
-        entry.forward_flops = counted
-    return entry

@@ -119,8 +119,7 @@ class Recorder:
         self._metas: dict[TensorMeta, TensorMeta] = {}
         self.lent: dict[int, torch.UntypedStorage] = {}  # the user's own storages, by address
         self.backups: dict[int, torch.UntypedStorage] = {}  # what those that were written to held before
-        self.made: set[int] = set()  # storages that ops made
-        self.own: set[int] = set()  # storages made during the trace: may be changed in place for real
+        self.own: set[int] = set()  # storages lent to or made during the run: may be changed in place for real
         self.unknown: set[int] = set()  # storages of real tensors whose values are not what a real run would hold
 
     def living(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -166,7 +165,7 @@ class Recorder:
         number = self._storage_index.get(storage._cdata)
         if number is None:
             number = self._storage_index[storage._cdata] = len(self.storage_bytes)
-            self.storage_bytes.append(storage.nbytes())
+            self.storage_bytes.append(0 if tensor._is_zerotensor() else storage.nbytes())  # (a tangent of zeros)
             self.storage_refs[storage._cdata] = StorageWeakRef(storage)
             self.sides.append(side)
         return number
@@ -262,7 +261,7 @@ class Recorder:
             if tensor.layout is not torch.strided or tensor.is_nested:
                 continue
             storage = tensor.untyped_storage()
-            foreign = everything and self.storage_of(tensor, Side.DATA) not in self.made
+            foreign = everything and self.storage_of(tensor, Side.DATA) not in self.own
             if (foreign or storage._cdata in self.lent) and storage._cdata not in self.backups:
                 self.lent[storage._cdata] = storage
                 self.backups[storage._cdata] = storage.clone()
@@ -465,8 +464,7 @@ class OpMode(TorchDispatchMode):
             call.outputs.clear()
             result = laid_out
             recorder.end(call, result, side)
-        recorder.made.update(range(num_storages, len(recorder.storage_bytes)))
-        recorder.own.update(slot.storage for slot in call.outputs)
+        recorder.own.update(range(num_storages, len(recorder.storage_bytes)))
         recorder.current.children.append(call)
         return result
 

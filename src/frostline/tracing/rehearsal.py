@@ -78,7 +78,9 @@ class Rehearsal:
             recorder.seal(iter(lender.constants), Side.CONSTANT)
             excluded = frozenset(recorder.storage_of(t, Side.CONSTANT) for t in (*lender.parameters, *lender.buffers))
             recorder.own.update(recorder.storage_of(t, Side.CONSTANT) for t in lender.constants)
-            recorder.seal(tensors_in((args, kwargs)), Side.DATA)
+            given = list(tensors_in((args, kwargs)))
+            recorder.seal(iter(given), Side.DATA)
+            recorder.own.update(recorder.storage_of(t, Side.DATA) for t in given)  # (what is written is put back)
             recorder.lent.update(lender.storages)
             yield Staged(recorder, lender, args, kwargs, excluded)
 

@@ -162,7 +162,8 @@ def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Prob
                 recording.follow(gradients, [Side.DATA] * len(gradients))
                 recording.listening = True
                 with recording.watching_nodes():
-                    refusal = _go_backward(edges, gradients, inputs, question)
+                    targets = None if question.needed is None else inputs.targets(question.needed)
+                    refusal = go_backward(edges, gradients, targets)
                 recording.listening = False
     del nodes
     for index, leaf in inputs.leaves.items():
@@ -332,15 +333,16 @@ def _survivors(
     return tuple(held)
 
 
-def _go_backward(edges: list[GradientEdge], gradients: list[Tensor], inputs: _Inputs, question: Question) -> str:
-    """Run backward as the method would. Returns autograd's refusal, if it refuses."""
+def go_backward(roots: Any, gradients: Any, targets: list[Tensor] | None) -> str:
+    """Run backward as the method would. Returns autograd's refusal, if it refuses.
+
+    Args:
+        targets: what ``backward(inputs=...)`` asks for; None: ``backward()``.
+    """
+    if targets == []:
+        return ""
     try:
-        if question.needed is None:
-            torch.autograd.backward(edges, gradients)
-        else:
-            targets = inputs.targets(question.needed)
-            if targets:
-                torch.autograd.backward(edges, gradients, inputs=targets)
+        torch.autograd.backward(roots, gradients, inputs=targets)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from frostline.probing.attribution import RanOp, Recording
+from frostline.probing.probe import go_backward
 from frostline.tracing.calls import Call, Side, tensors_in
 from frostline.tracing.interception import is_reentrant_checkpoint, observed_by
 from frostline.tracing.recorder import CallMode, OpMode, Recorder, recording
@@ -74,7 +74,7 @@ def run_whole(rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset
             targets = None if wanted is None else [p for number, p in parameters.items() if number in wanted]
             followed.listening = True
             with followed.watching_nodes():
-                refusal = _go_backward(loss, targets)
+                refusal = go_backward(loss, None, targets) if loss.requires_grad else ""
             followed.listening = False
         leaves = {recorder._leaf(p): number for number, p in parameters.items()}
     got = {number: p.grad for number, p in parameters.items() if p.grad is not None}
@@ -91,19 +91,6 @@ def run_whole(rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset
         rehearsal.real,
         refusal,
     )
-
-
-def _go_backward(loss: Tensor, targets: list[Tensor] | None) -> str:
-    """Run backward as the method would. Returns autograd's refusal, if it refuses."""
-    if not loss.requires_grad or targets == []:
-        return ""
-    try:
-        torch.autograd.backward(loss, inputs=targets)
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        return str(error).strip().splitlines()[0]
-    return ""
 
 
 def _held(

@@ -338,3 +338,10 @@ def test_a_parameter_added_after_the_trace_is_named() -> None:
     model.add_module("1", nn.Linear(2, 2))
     with pytest.raises(fl.FrostlineError, match=r"'1\.weight' was not in the model when it was traced"):
         trace.cost("1")
+
+
+def test_a_step_that_writes_to_its_input_is_traced_on_fake_tensors_and_undone() -> None:
+    model, x = nn.Linear(3, 2), torch.ones(4, 3)
+    trace = fl.trace(model, x, loss=lambda out: out.sum() + x.mul_(2).sum())
+    assert trace.forward == "fake"
+    assert torch.equal(x, torch.ones(4, 3))

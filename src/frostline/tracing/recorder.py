@@ -264,7 +264,8 @@ class Recorder:
             foreign = everything and self.storage_of(tensor, Side.DATA) not in self.own
             if (foreign or storage._cdata in self.lent) and storage._cdata not in self.backups:
                 self.lent[storage._cdata] = storage
-                self.backups[storage._cdata] = storage.clone()
+                with unset_fake_temporarily():
+                    self.backups[storage._cdata] = storage.clone()
 
     def give_back(self) -> None:
         """Put into the user's storages what they held."""

@@ -79,17 +79,8 @@ def run_whole(rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset
         leaves = {recorder._leaf(p): number for number, p in parameters.items()}
     got = {number: p.grad for number, p in parameters.items() if p.grad is not None}
     sparse = tuple((n, g._indices().nbytes + g._values().nbytes) for n, g in got.items() if g.is_sparse)
-    backward = followed.take()
     return WholeStep(
-        forward,
-        backward,
-        held - staged.excluded,
-        storage_bytes,
-        frozenset(got),
-        sparse,
-        leaves,
-        rehearsal.real,
-        refusal,
+        forward, followed.take(), held, storage_bytes, frozenset(got), sparse, leaves, rehearsal.real, refusal
     )
 
 

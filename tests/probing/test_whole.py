@@ -102,3 +102,33 @@ def test_a_model_is_as_before_after_a_step_run_as_a_whole() -> None:
     assert all(torch.equal(t, before[name]) for name, t in case.model.state_dict().items())
     assert [p.requires_grad for p in case.model.parameters()] == flags
     assert all(p.grad is None for p in case.model.parameters())
+
+
+class IgnoresWhatAttended(nn.Module):
+    """A reentrant checkpoint inside another, given an attention's result that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 12)
+        self.head = nn.Linear(4, 2)
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).unsqueeze(1).chunk(3, dim=-1)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        y = self.head(x)
+
+        def outer(scale: Tensor) -> Tensor:
+            return checkpoint(lambda _y, _attended: scale.select(-1, 0), y, attended, use_reentrant=True)
+
+        scale = checkpoint(outer, self.scale, use_reentrant=False, early_stop=False)
+        return torch.addcmul(y, scale, scale).square().mean()
+
+
+def test_what_a_fake_kernel_makes_of_an_undefined_gradient_is_not_believed() -> None:
+    def build() -> Case:
+        return Case(IgnoresWhatAttended(), torch.randn(2, 3, 4), rebuild=build)
+
+    case = build()
+    train = ["project.weight", "head.weight", "scale"]
+    assert differences(trace_case(case), case, train, "freeze") == {}

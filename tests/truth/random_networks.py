@@ -849,6 +849,8 @@ def checkpointed(w: Writer, draft: Draft) -> None:
     title = f"f{w.made}"
     arguments = [f"a{w.made}{letter}" for letter in "xy"[: len(given)]]
     kind = ("use_reentrant=False", "use_reentrant=True", "use_reentrant=False, early_stop=False")[d // 2 % 3]
+    if sum("use_reentrant=True" in line for line in w.lines) >= MOST_REENTRANT:
+        kind = "use_reentrant=False"
     protected = set(w.protected)
     w.protected |= {w.tensor(name).untyped_storage()._cdata for name in names}
     for argument, name in zip(arguments, given, strict=True):
@@ -875,6 +877,7 @@ def checkpointed(w: Writer, draft: Draft) -> None:
         w.lines = lines
 
 
+MOST_REENTRANT = 4  # each may run backward through the graph around it, and so run those before it once more
 DRAFTED = [*OPS, *(["linear", "matmul", "product", "view", "elementwise", "binary"] * 2), *CHANGES]
 
 

@@ -19,6 +19,8 @@ from frostline.tracing.calls import is_view
 
 if TYPE_CHECKING:
     from frostline.costing.breakdown import Row
+    from frostline.costing.moment import Moment
+    from frostline.costing.seconds import StepSeconds
     from frostline.tracing.trace import Trace
 
 METHODS = ("freeze", "optimizer-only", "backward-inputs")
@@ -75,10 +77,47 @@ class Cost:
     uncounted: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
-    peak_bytes: int | None = None
-    step_seconds: float | None = None
     trace: Trace = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
     _flags: tuple[Ledger | Rerun, int, int | None] = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+    _sums: Entry = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+
+    @property
+    def peak(self) -> Moment:
+        """The fullest moment of the step, by kind of memory; `predicted`, in the steady state (from step 2 on)."""
+        from frostline.costing.prediction import peak
+
+        return peak(self)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory in use at a time, weights and optimizer state included."""
+        return self.peak.nbytes
+
+    @property
+    def peak_by_kind(self) -> dict[str, int]:
+        """What `peak_bytes` is made of: weights, inputs, gradients, optimizer_state, saved_activations, transients and
+        scratch.
+        """
+        return dict(self.peak.by_kind)
+
+    def memory_timeline(self) -> list[Moment]:
+        """The memory in use at every moment of the step, in order."""
+        from frostline.costing.prediction import timeline
+
+        return list(timeline(self))
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds that one step takes; None until the trace is calibrated (`frostline.Trace.calibrate`)."""
+        found = self.seconds
+        return None if found is None else found.total
+
+    @property
+    def seconds(self) -> StepSeconds | None:
+        """`step_seconds` by part (forward, grad_input, grad_weight, ... overhead), with an interval."""
+        from frostline.costing.prediction import seconds
+
+        return seconds(self)
 
     @property
     def backward_flops(self) -> int:
@@ -219,6 +258,7 @@ def _assemble(
         unreached=unreached,
         trace=trace,
         _flags=(ledger, *flags),
+        _sums=sums,
     )
     result.__dict__["_asked_optimizer"] = optimizer
     return result
@@ -239,7 +279,7 @@ def _basis(trace: Trace, sums: Entry) -> dict[str, str]:
     basis = dict.fromkeys(FIGURES, how)
     basis["parameter_bytes"] = "exact"
     basis["moved_bytes"] = "predicted"
-    basis["peak_bytes"] = basis["step_seconds"] = "not predicted yet"
+    basis["peak_bytes"] = basis["step_seconds"] = how if trace.assumptions else "predicted"
     if trace.graph.unmatched:
         seen = ", ".join(sorted(set(trace.graph.unmatched)))
         for figure in ("grad_input_flops", "grad_weight_flops", "backward_flops", "step_flops", "saved_bytes"):

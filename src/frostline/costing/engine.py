@@ -26,6 +26,9 @@ from frostline.tracing.rehearsal import quiet_fake_kernels
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from frostline.costing.calibration import Calibration
+    from frostline.costing.memory import Simulation
+    from frostline.costing.seconds import Clockwork
     from frostline.tracing.trace import Trace
 
 State = tuple[bool, ...]
@@ -51,6 +54,7 @@ class Ledger:
         self.storage_bytes = list(graph.recorder.storage_bytes)
         self._byte_tables: list[list[int]] = []
         self._new_storages: dict[Any, int] = {}
+        self.makers: list[Unit] = []  # of the storages beyond the tape's, which only a replay has: the unit
         self._unit_entries: dict[Any, Entry] = {}
         graph.settle_receivers(self._defined)
         graph.release()
@@ -120,7 +124,7 @@ class Ledger:
         varies = unit.call.varies
         if not mask and not varies:
             return entry
-        found = self.store.get(unit, Question(mask, needed, unit.receives, unit.reached))
+        found = self.probe(unit, mask, needed)
         entry.refusal = found.refusal
         if varies:
             for op in found.forward:
@@ -143,6 +147,14 @@ class Ledger:
             entry.unconfirmed = frozenset({unit.call.name})
         return entry
 
+    def probe(self, unit: Unit, mask: frozenset[int], needed: frozenset[int] | None) -> Probe:
+        """What the unit's call does while ``mask`` requires grad, and ``needed`` is asked for (None: all of it)."""
+        return self.store.get(unit, self.question(unit, mask, needed))
+
+    def question(self, unit: Unit, mask: frozenset[int], needed: frozenset[int] | None) -> Question:
+        """What `probe` asks."""
+        return Question(mask, needed, unit.receives, unit.reached)
+
     def _held_bits(self, unit: Unit, mask: frozenset[int], found: Probe) -> int:
         excluded = self.graph.tape.excluded
         bits = 0
@@ -158,6 +170,7 @@ class Ledger:
                 storage = self._new_storages.setdefault(key, len(self.storage_bytes))
                 if storage == len(self.storage_bytes):
                     self.storage_bytes.append(held.nbytes)
+                    self.makers.append(unit)
                     self._byte_tables.clear()
             if storage not in excluded:
                 bits |= 1 << storage
@@ -283,12 +296,18 @@ def _sums(values: list[int]) -> list[int]:
     return sums + [0] * (256 - len(sums))
 
 
+def _no_scratch(_op: Any) -> int:
+    return 0
+
+
 class Engine:
     """The ledger of one trace; and, where its calls cannot be asked one by one, a run for each set of flags."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
+        self.calibration: Calibration | None = None
         self._reruns: dict[tuple[int, int | None], Rerun] = {}
+        self._clockworks: dict[Ledger | Rerun, Clockwork] = {}
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -300,6 +319,33 @@ class Engine:
             return self.trace.rehearsal.lending(numbers)
 
         return Ledger(self.trace.graph, ProbeStore(Stage(self.trace.rehearsal.fake_mode, lend)))
+
+    def settle(self, calibration: Calibration) -> None:
+        """Take over what a calibration found: the kernels' scratch, and their seconds."""
+        self.calibration = calibration
+        self.__dict__.pop("simulation", None)
+        self._clockworks.clear()
+
+    @cached_property
+    def simulation(self) -> Simulation:
+        """The tape's memory."""
+        from frostline.costing.memory import Simulation
+        from frostline.costing.prediction import rounding
+
+        known = self.calibration is not None
+        scratch = self.clockwork(self.ledger).scratch if known else _no_scratch
+        return Simulation(self.ledger, self.trace.lifetimes, scratch, rounding(self.trace.device))
+
+    def clockwork(self, ledger: Ledger | Rerun) -> Clockwork:
+        """The seconds of what answers for a subset, by the calibration."""
+        from frostline.costing.seconds import Clockwork
+
+        assert self.calibration is not None, "ask a calibrated trace only"
+        found = self._clockworks.get(ledger)
+        if found is None:
+            calibration = self.calibration
+            found = self._clockworks[ledger] = Clockwork(ledger, calibration.timings, calibration.overhead)
+        return found
 
     def evaluate(self, numbers: frozenset[int], method: str) -> tuple[Ledger | Rerun, Entry, int, int | None]:
         """What answers for a subset, the sums, and the two flag sets they are for."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frostline.errors import OptimizerError
+from frostline.probing.attribution import RanOp, Recording
 from frostline.tracing.calls import TensorMeta, describe
 
 
@@ -65,16 +68,56 @@ class OptimizerModel:
             raise OptimizerError("LBFGS keeps a history that depends on how the run goes: its state has no fixed size")
         self._make = make
         self._known: dict[tuple[TensorMeta, bool], int] = {}
+        self._steps: dict[TensorMeta, tuple[RanOp, ...]] = {}
+        self._adds_up: bool | None = None
 
     def state_bytes(self, parameter: Tensor, *, sparse: bool = False) -> int:
         """Bytes of state for one parameter after a step (step counts included)."""
-        meta = describe(parameter)
-        if meta.device == "meta":
-            meta = TensorMeta(meta.shape, meta.stride, meta.dtype, "cpu", meta.layout)
+        meta = _on_a_device(describe(parameter))
         key = (meta, sparse)
         if key not in self._known:
             self._known[key] = self._ask(meta, sparse)
         return self._known[key]
+
+    def step_ops(self, parameter: Tensor) -> tuple[RanOp, ...]:
+        """What a step runs for one parameter, once its state exists."""
+        meta = _on_a_device(describe(parameter))
+        if meta not in self._steps:
+            self._steps[meta] = self._ask_step([meta])
+        return self._steps[meta]
+
+    def scratch_bytes(self, parameters: Sequence[Tensor]) -> int:
+        """The most bytes that a step takes beside parameters, gradients and state.
+
+        Asked on one parameter at a time. An implementation that goes through them one by one (``for``) needs the most
+        that any needs; one that takes them together (``foreach``), the sum: two alike show which it is.
+        """
+        peaks = [max((op.alive for op in self.step_ops(p)), default=0) for p in parameters]
+        if self._adds_up is None and any(peaks):
+            meta = _on_a_device(describe(next(p for p, peak in zip(parameters, peaks, strict=True) if peak)))
+            one = max(op.alive for op in self._steps[meta])
+            self._adds_up = max(op.alive for op in self._ask_step([meta, meta])) >= 2 * one
+        return sum(peaks) if self._adds_up else max(peaks, default=0)
+
+    def _ask_step(self, metas: Sequence[TensorMeta]) -> tuple[RanOp, ...]:
+        recording = Recording()
+        with FakeTensorMode(), recording, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parameters = [
+                nn.Parameter(torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device=m.device)) for m in metas
+            ]
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter.data)
+            try:
+                optimizer = self._make(parameters)
+                optimizer.step()
+                recording.count_anew()
+                recording.listening = True
+                optimizer.step()
+            except Exception as error:
+                raise OptimizerError(f"{self.name} could not be asked what its step runs: {error}") from error
+            recording.listening = False
+            return recording.take()
 
     def _ask(self, meta: TensorMeta, sparse: bool) -> int:
         with FakeTensorMode(), warnings.catch_warnings():
@@ -96,6 +139,10 @@ class OptimizerModel:
                 ) from error
             tensors = [t for state in optimizer.state.values() for t in _tensors(state)]
             return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def _on_a_device(meta: TensorMeta) -> TensorMeta:
+    return replace(meta, device="cpu") if meta.device == "meta" else meta
 
 
 def _sparse_like(data: Tensor) -> Tensor:

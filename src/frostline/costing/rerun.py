@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from frostline.costing.entry import Entry, bits_of, charge, forward_entry, numbers_in
+from frostline.costing.moment import Moment, Standing
 from frostline.probing.sizes import true_sizes
 from frostline.probing.whole import WholeStep, run_whole
 from frostline.tracing.graph import Unit
@@ -60,6 +61,18 @@ class Rerun:
     def rows(self, forward_flags: int, backward_flags: int | None) -> Iterator[tuple[Unit, Entry]]:
         """Every unit with what it costs but for what is held, in execution order."""
         yield from zip(self.units, self._entries, strict=True)
+
+    def moments(self, standing: Standing) -> Iterator[Moment]:
+        """The memory in use at every moment. Gradients that nobody clears count again while they are made."""
+        step, born = self.step, set[int]()
+        for unit, alive in zip(self.units, step.alive, strict=False):
+            born.update(slot.storage for slot in unit.outputs if slot.storage in step.held)
+            saved = min(alive, sum(self.storage_bytes[number] for number in born))
+            yield standing.moment("forward", unit.call.name, unit.module, saved=saved, transients=alive - saved)
+        held = self.bytes_of(self.sums.held)
+        for op in step.backward:
+            saved = min(op.alive, held)
+            yield standing.moment("backward", str(op.op), "", saved=saved, transients=op.alive - saved)
 
     def unit_entry(self, unit: Unit, live: Iterable[bool], wanted: Iterable[bool] | None) -> Entry:
         """What a unit would cost under other flags is not known: nothing of it is any one parameter's own."""

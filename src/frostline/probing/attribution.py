@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +24,7 @@ from frostline.tracing.calls import (
     TensorMeta,
     aliases,
     describe,
+    grad_fn_of,
     makes_constant,
     result_side,
     tensors_in,
@@ -40,6 +42,7 @@ class RanOp:
     no gradient of its node.
     ``recomputed``: forward work done again by a checkpoint.
     ``node``: the sequence number of the autograd node that ran it.
+    ``alive``: bytes of the storages that backward had made, and that lived, when it returned.
     """
 
     op: Any
@@ -49,6 +52,7 @@ class RanOp:
     sides: tuple[Side | None, ...] = ()
     recomputed: bool = False
     node: int | None = field(default=None, compare=False)
+    alive: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True)
@@ -61,6 +65,20 @@ class _Running:
     node: int | None  # sequence number of the autograd node that runs it
     done: bool  # whether that node is
     sides: list[Side | None]
+    alive: int = 0
+
+
+class UndefinedGradientError(RuntimeError):
+    """A fake kernel would have to say what comes of a gradient that nobody computed."""
+
+
+def _undefined(op: Any, args: Any) -> bool:
+    """Whether an op is given nothing where it takes a tensor, or no gradient at all where it takes some."""
+    expected = list(zip(args, op._schema.arguments, strict=False))
+    gradients = [value for value, argument in expected if argument.name.startswith("grad")]
+    if gradients and all(value is None for value in gradients):
+        return True
+    return any(value is None and isinstance(argument.type, torch.TensorType) for value, argument in expected)
 
 
 def storage_key(tensor: Tensor) -> int | None:
@@ -78,8 +96,11 @@ class Recording(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.storages: dict[int, StorageWeakRef] = {}
         self.nbytes: dict[int, int] = {}
+        self.alive: dict[int, int] = {}  # bytes of the storages made since `count_anew` that live, by key
+        self.alive_log: list[int] | None = None  # receives `alive_bytes` after every op
         self.secondary: set[int] = set()  # storages that were a second or later result of a kernel
         self.ops: list[_Running] = []
+        self.runner: Callable[[Any, Any, Any], Any] | None = None  # runs the ops that are recorded, if set
         self.listening = False
         self.recomputing = False
         self._storage_sides: dict[int, Side] = {}
@@ -100,10 +121,20 @@ class Recording(TorchDispatchMode):
                 continue
             if key not in self.storages:
                 self.storages[key] = StorageWeakRef(tensor.untyped_storage())
-                self.nbytes[key] = tensor.untyped_storage().nbytes()
+                self.nbytes[key] = self.alive[key] = tensor.untyped_storage().nbytes()
             if sides is not None:
                 key = self._stands_for.get(key, key)
                 self._storage_sides[key] = max(self._storage_sides.get(key, Side.CONSTANT), sides[position])
+
+    def count_anew(self) -> None:
+        """Count only storages made from here on."""
+        self.alive.clear()
+
+    def alive_bytes(self) -> int:
+        """Bytes of the counted storages that live."""
+        for key in [key for key in self.alive if self.storages[key].expired()]:
+            del self.alive[key]
+        return sum(self.alive.values())
 
     def side_of(self, tensor: Tensor) -> Side:
         key = storage_key(tensor)
@@ -128,13 +159,19 @@ class Recording(TorchDispatchMode):
         """Say which tensors went into a Function's node: its slots are theirs, wanted or not."""
         sides = [self.side_of(a) for a in arguments if isinstance(a, Tensor)]
         for tensor in tensors_in(result):
-            if tensor.grad_fn is not None:
-                self._function_sides[tensor.grad_fn._sequence_nr()] = sides
+            node = grad_fn_of(tensor)
+            if node is not None:
+                self._function_sides[node._sequence_nr()] = sides
                 return
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = op(*args, **kwargs)
+        if self.listening and _undefined(op, args) and any(isinstance(t, FakeTensor) for t in tensors_in(args)):
+            raise UndefinedGradientError(
+                f"a gradient that {op} is given is undefined, and fake kernels do not say what comes of it"
+            )
+        watched = self.listening and self.runner is not None and op.namespace not in UNSEEN
+        result = self.runner(op, args, kwargs) if watched and self.runner is not None else op(*args, **kwargs)
         if op.namespace in UNSEEN:
             return result
         for position, part in aliases(op, result):
@@ -148,10 +185,13 @@ class Recording(TorchDispatchMode):
         self.secondary.update(key for key in map(storage_key, made[1:]) if key is not None)
         for tensor in given:
             with suppress(RuntimeError):  # (a view of something written to since)
-                if tensor.grad_fn is not None:
-                    self._edge_sides[(tensor.grad_fn._sequence_nr(), tensor.output_nr)] = self.side_of(tensor)
+                node = grad_fn_of(tensor)
+                if node is not None:
+                    self._edge_sides[(node._sequence_nr(), tensor.output_nr)] = self.side_of(tensor)
         changed = list(written(op, args, kwargs))
         self.follow(changed, [side] * len(changed))
+        if self.alive_log is not None:
+            self.alive_log.append(self.alive_bytes())
         if self.listening:
             self._record(op, args, kwargs, result, given, changed)
         return result
@@ -173,6 +213,7 @@ class Recording(TorchDispatchMode):
                 None if node is None else node._sequence_nr(),
                 node is None or node._sequence_nr() not in self._entered,
                 [None] * len(outputs),
+                self.alive_bytes(),
             )
         )
         # (What has nothing of its arguments' values carries nothing on: a dropout's mask is no part of a gradient.)
@@ -267,7 +308,9 @@ class Recording(TorchDispatchMode):
 
     def take(self) -> tuple[RanOp, ...]:
         """The ops recorded since the last call."""
-        taken = tuple(RanOp(o.op, o.args, o.kwargs, o.outputs, tuple(o.sides), o.recomputed, o.node) for o in self.ops)
+        taken = tuple(
+            RanOp(o.op, o.args, o.kwargs, o.outputs, tuple(o.sides), o.recomputed, o.node, o.alive) for o in self.ops
+        )
         self.ops = []
         self._marks.clear()
         return taken

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from frostline.probing.attribution import RanOp
-from frostline.probing.probe import Held, Probe, Question
+from frostline.probing.probe import Gradient, Held, Probe, Question
 from frostline.tracing.calls import Side, TensorMeta
 
 
@@ -68,26 +69,27 @@ def _encode_op(ran: RanOp) -> list[Any]:
         raise _Unstorable(str(ran.op))
     sides = [None if side is None else int(side) for side in ran.sides]
     given = [_encode(ran.args), _encode(ran.kwargs), _encode(ran.outputs)]
-    return [ran.op._schema.name.removeprefix("aten::"), ran.op._overloadname, *given, sides, ran.recomputed]
+    return [ran.op._schema.name.removeprefix("aten::"), ran.op._overloadname, *given, sides, ran.recomputed, ran.alive]
 
 
 def _decode_op(stored: list[Any]) -> RanOp:
-    name, overload, args, kwargs, outputs, sides, recomputed = stored
+    name, overload, args, kwargs, outputs, sides, recomputed, alive = stored
     op = getattr(getattr(torch.ops.aten, name), overload)
     known = tuple(None if side is None else Side(side) for side in sides)
-    return RanOp(op, _decode(args), _decode(kwargs), _decode(outputs), known, recomputed)
+    return RanOp(op, _decode(args), _decode(kwargs), _decode(outputs), known, recomputed, alive=alive)
 
 
 def dump(found: Probe) -> str:
     """A probe as JSON. Raises TypeError if it holds what JSON cannot bring back."""
     held = [[h.kind, h.index, h.nbytes, h.secondary] for h in found.held]
     ops = [[_encode_op(op) for op in found.backward], [_encode_op(op) for op in found.forward]]
-    return json.dumps([held, *ops, sorted(found.defined), list(found.sparse), found.refusal, found.confirmed])
+    lie = [[g.index, g.given, g.storage, g.nbytes, g.fits] for g in found.gradients]
+    return json.dumps([held, *ops, sorted(found.defined), list(found.sparse), found.refusal, found.confirmed, lie])
 
 
 def load(text: str) -> Probe:
     """The probe that `dump` wrote."""
-    held, backward, forward, defined, sparse, refusal, confirmed = json.loads(text)
+    held, backward, forward, defined, sparse, refusal, confirmed, lie = json.loads(text)
     return Probe(
         held=tuple(Held(*parts) for parts in held),
         backward=tuple(map(_decode_op, backward)),
@@ -96,14 +98,21 @@ def load(text: str) -> Probe:
         sparse=tuple((index, nbytes) for index, nbytes in sparse),
         refusal=refusal,
         confirmed=confirmed,
+        gradients=tuple(Gradient(*parts) for parts in lie),
     )
 
 
 class Disk:
-    """A database of probes. Every failure of it means: ask again."""
+    """A database of answers, as text. Every failure of it means: ask again.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        dump, load: an answer to text and back; ``dump`` may raise TypeError for what text cannot bring back.
+    """
+
+    def __init__(self, path: Path, dump: Callable[[Any], str], load: Callable[[str], Any]) -> None:
         self.path = path
+        self._dump = dump
+        self._load = load
         self._connection: sqlite3.Connection | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +125,7 @@ class Disk:
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA synchronous = OFF")
-        connection.execute("CREATE TABLE IF NOT EXISTS probes (key TEXT PRIMARY KEY, probe TEXT)")
+        connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)")
         return connection
 
     def _start_again(self) -> None:
@@ -125,22 +134,24 @@ class Disk:
             self.path.unlink(missing_ok=True)
             self._connection = self._open()
 
-    def get(self, key: str) -> Probe | None:
+    def get(self, key: str) -> Any:
+        """The answer kept under ``key``; None if there is none."""
         if self._connection is None:
             return None
         try:
-            with closing(self._connection.execute("SELECT probe FROM probes WHERE key = ?", (key,))) as rows:
+            with closing(self._connection.execute("SELECT answer FROM answers WHERE key = ?", (key,))) as rows:
                 row = rows.fetchone()
-            return None if row is None else load(row[0])
+            return None if row is None else self._load(row[0])
         except Exception:  # damaged, however it shows
             self._start_again()
             return None
 
-    def put(self, key: str, found: Probe) -> None:
+    def put(self, key: str, answer: Any) -> None:
+        """Keep an answer, at once: a process that is killed has lost nothing that was put."""
         if self._connection is None:
             return
-        with suppress(_Unstorable, sqlite3.Error):
-            self._connection.execute("INSERT OR REPLACE INTO probes VALUES (?, ?)", (key, dump(found)))
+        with suppress(TypeError, sqlite3.Error):
+            self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, self._dump(answer)))
 
 
 def key_of(like: Any, question: Question) -> str:
@@ -149,9 +160,8 @@ def key_of(like: Any, question: Question) -> str:
     return hashlib.sha256(repr((like, asked, sorted(question.receives))).encode()).hexdigest()
 
 
-@functools.cache
-def disk() -> Disk | None:
-    """The database of this torch, this machine's kernels and this code; None if ``FROSTLINE_CACHE`` is ``off``."""
+def folder() -> Path | None:
+    """Where answers are kept; None if ``FROSTLINE_CACHE`` is ``off``."""
     where = os.environ.get("FROSTLINE_CACHE", "")
     if where.lower() == "off":
         return None
@@ -159,13 +169,20 @@ def disk() -> Disk | None:
         import platformdirs
 
         where = platformdirs.user_cache_dir("frostline")
-    return Disk(Path(where) / f"probes-{_digest()}.sqlite")
+    return Path(where)
 
 
-def _digest() -> str:
-    """What a probe's answer depends on besides its question."""
+@functools.cache
+def disk() -> Disk | None:
+    """The probes of this torch, this machine's kernels and this code; None if nothing is to be kept."""
+    where = folder()
+    return None if where is None else Disk(where / f"probes-{digest('probing', 'tracing')}.sqlite", dump, load)
+
+
+def digest(*rooms: str) -> str:
+    """What answers depend on besides their questions: the code of these rooms, torch, and the machine's kernels."""
     package = Path(__file__).parents[1]
-    code = [path.read_bytes() for room in ("probing", "tracing") for path in sorted((package / room).glob("*.py"))]
+    code = [path.read_bytes() for room in rooms for path in sorted((package / room).glob("*.py"))]
     machine = (torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.backends.mkldnn.is_available())
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return hashlib.sha256(b"".join(code) + repr((machine, gpus)).encode()).hexdigest()[:16]

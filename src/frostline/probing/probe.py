@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,11 +40,30 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class Gradient:
+    """Where the gradient towards input ``index`` lies.
+
+    Attributes:
+        given: in the memory of the gradient of this output (``output_nr`` for ops, else position); None: elsewhere.
+        storage: tells the storages apart that backward made; -1: of something that was there before.
+        nbytes: of that storage.
+        fits: its strides are the input's, so that it can become a parameter's ``.grad`` as it is.
+    """
+
+    index: int
+    given: int | None
+    storage: int
+    nbytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
     """What one call does under one mask.
 
     Attributes:
         backward: the ops that backward ran.
+        gradients: where the gradients that it left lie.
         forward: for torch calls: the ops this mask makes the forward run.
         defined: the inputs that got a gradient; ``sparse``: bytes of those that are sparse.
         refusal: why autograd would not run this, where it would not.
@@ -60,6 +79,12 @@ class Probe:
     refusal: str = ""
     by_values: bool = False
     confirmed: bool = True
+    gradients: tuple[Gradient, ...] = ()
+
+    @property
+    def reads_workspace(self) -> bool:
+        """Whether backward may read what a kernel of the forward left for it: such ops cannot be run by themselves."""
+        return any(held.secondary for held in self.held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +157,22 @@ def _saved_for_real(stage: Stage, unit: Unit, question: Question) -> tuple[Held,
         return None
 
 
-def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Probe:
+def timed_probe(
+    stage: Stage, unit: Unit, question: Question, runner: Callable[[Any, Any, Any], Any]
+) -> tuple[RanOp, ...]:
+    """Replay ``unit`` on real tensors with ``runner`` running every op that `Probe` lists; the ops, forward first."""
+    with torch.random.fork_rng(devices=[]):
+        found = _replay(stage, unit, question, real=True, runner=runner)
+    return (*found.forward, *found.backward)
+
+
+def _replay(
+    stage: Stage, unit: Unit, question: Question, *, real: bool, runner: Callable[[Any, Any, Any], Any] | None = None
+) -> Probe:
     call = unit.call
     got: dict[int, Tensor] = {}
     recording = Recording()
+    recording.runner = runner
     with _collection_paused(), nullcontext() if real else stage.fake_mode, torch.enable_grad(), autocast(call.autocast):
         inputs = _Inputs(unit, question.mask, got, real=real)
         tensors = inputs.take()
@@ -145,21 +182,26 @@ def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Prob
         recording.follow(tensors, [slot.side for slot in unit.inputs])
         with _lent(stage, unit, tensors), observed_by(recording), recording:
             recording.listening = call.varies
+            recording.count_anew()
             result = perform(call, tensors, recording)
             recording.listening = False
             forward = recording.take()
             outputs = list(tensors_in(result))
             output_keys = [storage_key(t) for t in outputs]
-            edges, shapes = _roots(call, outputs, question.receives)
+            edges, shapes, numbers = _roots(call, outputs, question.receives)
             alive = range(len(outputs)) if question.reached is None else question.reached
             nodes = [outputs[i].grad_fn for i in alive if i < len(outputs)]
             del result, outputs, tensors
             torch.clear_autocast_cache()  # (nested contexts clear it only when the outermost ends)
             held = _survivors(recording, input_keys, output_keys, inputs.leaves, is_user_code=call.kind != "op")
             refusal = ""
+            origin: dict[int, int] = {}
             if edges and question.mask:
                 gradients = [stand_in(meta, real=real) for meta in shapes]
+                keys = map(storage_key, gradients)
+                origin = {key: number for key, number in zip(keys, numbers, strict=True) if key is not None}
                 recording.follow(gradients, [Side.DATA] * len(gradients))
+                recording.count_anew()
                 recording.listening = True
                 with recording.watching_nodes():
                     targets = None if question.needed is None else inputs.targets(question.needed)
@@ -170,7 +212,19 @@ def _replay(stage: Stage, unit: Unit, question: Question, *, real: bool) -> Prob
         if leaf.grad is not None:
             got[index] = leaf.grad
     sparse = tuple((i, g._indices().nbytes + g._values().nbytes) for i, g in got.items() if g.is_sparse)
-    return Probe(held, recording.take(), forward, frozenset(got), sparse, refusal)
+    lie = tuple(_lies(index, got[index], unit.inputs[index], origin, recording) for index in sorted(got))
+    return Probe(held, recording.take(), forward, frozenset(got), sparse, refusal, gradients=lie)
+
+
+def _lies(index: int, gradient: Tensor, slot: Slot, origin: dict[int, int], recording: Recording) -> Gradient:
+    key = storage_key(gradient)
+    if key is None:  # sparse
+        nbytes = gradient._indices().nbytes + gradient._values().nbytes
+        return Gradient(index, None, index, nbytes, True)
+    fits = gradient.layout is torch.strided and tuple(gradient.stride()) == slot.meta.stride
+    made = list(recording.alive)
+    storage = made.index(key) if key in recording.alive else -1
+    return Gradient(index, origin.get(key), storage, gradient.untyped_storage().nbytes(), fits)
 
 
 def probe_hook(stage: Stage, hook: TensorHook) -> tuple[RanOp, ...] | None:
@@ -286,10 +340,13 @@ class _Cut(torch.autograd.Function):
         return None
 
 
-def _roots(call: Call, outputs: list[Tensor], receives: frozenset[int]) -> tuple[list[GradientEdge], list[TensorMeta]]:
-    """Where backward starts, and what the gradients handed in look like."""
+def _roots(
+    call: Call, outputs: list[Tensor], receives: frozenset[int]
+) -> tuple[list[GradientEdge], list[TensorMeta], list[int]]:
+    """Where backward starts, what the gradients handed in look like, and which outputs' they are."""
     edges: list[GradientEdge] = []
     shapes: list[TensorMeta] = []
+    numbers: list[int] = []
     seen: set[tuple[int, int]] = set()
     for position, tensor in enumerate(outputs):
         if tensor.grad_fn is None:
@@ -300,11 +357,13 @@ def _roots(call: Call, outputs: list[Tensor], receives: frozenset[int]) -> tuple
             cut = _Cut.apply(tensor)  # type: ignore[no-untyped-call]
             edges.append(GradientEdge(cut.grad_fn, 0))
             shapes.append(describe(tensor))
+            numbers.append(number)
         elif number in receives and key not in seen:
             seen.add(key)
             edges.append(GradientEdge(tensor.grad_fn, tensor.output_nr))
             shapes.append(describe(tensor))
-    return edges, shapes
+            numbers.append(number)
+    return edges, shapes, numbers
 
 
 def _survivors(

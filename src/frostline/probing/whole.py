@@ -18,7 +18,7 @@ import torch
 
 from frostline.probing.attribution import RanOp, Recording
 from frostline.probing.probe import go_backward
-from frostline.tracing.calls import Call, Side, tensors_in
+from frostline.tracing.calls import Call, Side, grad_fn_of, tensors_in
 from frostline.tracing.interception import is_reentrant_checkpoint, observed_by
 from frostline.tracing.recorder import CallMode, OpMode, Recorder, recording
 from frostline.tracing.rehearsal import Rehearsal
@@ -34,6 +34,7 @@ class WholeStep:
         held: the storages (by the forward's numbers) that autograd held when the loss returned.
         trained: the parameters that got a gradient, by number, and the bytes of those that are sparse.
         parameter_of_leaf: index of a leaf -> parameter number.
+        alive: per op of the forward: bytes of what the step had made, and that lived, when it returned.
         real: whether it ran on real tensors.
         refusal: why autograd would not run this, where it would not.
     """
@@ -45,6 +46,7 @@ class WholeStep:
     trained: frozenset[int]
     sparse: tuple[tuple[int, int], ...]
     parameter_of_leaf: dict[int, int]
+    alive: tuple[int, ...]
     real: bool
     refusal: str = ""
 
@@ -64,6 +66,8 @@ def run_whole(rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset
         followed.follow(lender.constants, [Side.CONSTANT] * len(lender.constants))
         given = list(tensors_in((staged.args, staged.kwargs)))
         followed.follow(given, [Side.DATA] * len(given))
+        followed.count_anew()
+        alive = followed.alive_log = []
         ops = OpMode(recorder, fake=not rehearsal.real)
         with observed_by(_Watcher(recorder, followed)), ops, followed:
             with CallMode(recorder):
@@ -72,6 +76,7 @@ def run_whole(rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset
             recorder.current = Call("torch", None, (), {}, [], "", True)  # what backward runs is no part of the tape
             parameters = dict(lender.numbered())
             targets = None if wanted is None else [p for number, p in parameters.items() if number in wanted]
+            followed.alive_log = None
             followed.listening = True
             with followed.watching_nodes():
                 refusal = go_backward(loss, None, targets) if loss.requires_grad else ""
@@ -79,8 +84,10 @@ def run_whole(rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset
         leaves = {recorder._leaf(p): number for number, p in parameters.items()}
     got = {number: p.grad for number, p in parameters.items() if p.grad is not None}
     sparse = tuple((n, g._indices().nbytes + g._values().nbytes) for n, g in got.items() if g.is_sparse)
+    backward = followed.take()
+    made = tuple(alive)
     return WholeStep(
-        forward, followed.take(), held, storage_bytes, frozenset(got), sparse, leaves, rehearsal.real, refusal
+        forward, backward, held, storage_bytes, frozenset(got), sparse, leaves, made, rehearsal.real, refusal
     )
 
 
@@ -112,7 +119,7 @@ def _held(
 
 
 def _with_graph(recorder: Recorder) -> frozenset[int]:
-    return frozenset(value for value, _, tensor in recorder.living() if tensor.grad_fn is not None)
+    return frozenset(value for value, _, tensor in recorder.living() if grad_fn_of(tensor) is not None)
 
 
 def _ungraph(recorder: Recorder, values: frozenset[int]) -> None:

@@ -16,14 +16,19 @@ from typing import Any
 from frostline.tracing.calls import Call, TensorMeta, is_view
 
 
-def align(on: list[Call], off: list[Call]) -> str:
-    """Mark in ``on`` what has to be probed as a whole. Returns why the tapes cannot be aligned, or ''."""
+def align(on: list[Call], off: list[Call], pairs: list[tuple[Call, Call]]) -> str:
+    """Mark in ``on`` what has to be probed as a whole. Returns why the tapes cannot be aligned, or ''.
+
+    Args:
+        pairs: receives the calls that are one and the same, views left out.
+    """
     ours, theirs = list(_significant(on)), list(_significant(off))
     runs: list[tuple[int, int]] = []  # first and last call of each run whose strides differ
     start = 0
     for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         if _identity(a) != _identity(b):
             return f"what runs depends on requires_grad, in module {a.module or '(the model)'!r} ({a.name} or {b.name})"
+        pairs.append((a, b))
         if _strides(a.inputs) != _strides(b.inputs):
             if runs and start <= runs[-1][1]:
                 runs[-1] = (runs[-1][0], index)
@@ -38,7 +43,7 @@ def align(on: list[Call], off: list[Call]) -> str:
         elif a.kind == "checkpoint":
             regions = zip(a.recompute, b.recompute, strict=False) if a.is_reentrant else [(a, b)]
             for ours_inside, theirs_inside in regions:
-                if why := align(ours_inside.children, theirs_inside.children):
+                if why := align(ours_inside.children, theirs_inside.children, []):
                     return why
     if len(ours) != len(theirs):
         extra = (ours + theirs)[min(len(ours), len(theirs))]

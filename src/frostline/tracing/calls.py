@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
 
 
 class Side(IntEnum):
@@ -119,6 +121,7 @@ class Call:
     captured: list[Slot] = field(default_factory=list)  # tensors used inside that are not among the inputs
     first_node: int = 0  # autograd's sequence numbers while it ran: [first_node, end_node)
     end_node: int = 0
+    order: int = -1  # of an op: how many ops ran before it
     opaque: bool = False  # a torch call that must be probed as a whole
     replayable: bool = True  # False inside torch.func's transforms, whose tensors exist only there
     index: int = -1  # position among the tape's units
@@ -231,6 +234,20 @@ def fill(value: Any, tensors: Any) -> Any:
     if isinstance(value, dict) and type(value) is dict:
         return {key: fill(item, tensors) for key, item in value.items()}
     return value
+
+
+def grad_fn_of(tensor: Tensor) -> Any:
+    """A tensor's node, asked for as above autograd, with grad on.
+
+    The node of a view whose base was written to is made when it is asked for; where autograd is off just then, as it is
+    inside a dispatch mode, some views would get none, for good. Source: ``VariableHooks::grad_fn`` in
+    ``torch/csrc/autograd/variable.cpp``.
+    """
+    if not tensor._is_view():
+        return tensor.grad_fn
+    below = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+    with torch.enable_grad(), enable_reentrant_dispatch() if below else nullcontext():
+        return tensor.grad_fn
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -46,6 +46,7 @@ class Tape:
     recorder: Recorder
     loss: Slot | None
     excluded: frozenset[int]  # storages of parameters and buffers
+    inputs: frozenset[int]  # storages of the step's arguments
     parameter_of_leaf: dict[int, int]  # index into recorder.leaves -> parameter number
     num_parameters: int
     real: bool
@@ -176,6 +177,7 @@ class Graph:
         self._find_region_outputs()
         self._find_reached_outputs()
         self.forced_leaves = self._forced_leaves()
+        self.landings = self._find_landings()
 
     def _why_entangled(self) -> str:
         """What makes autograd hold, or run, more than the flags of single calls say; '' if nothing does."""
@@ -330,6 +332,44 @@ class Graph:
                 )
                 # (None of them, though the unit is: at the base of a view that it returned, which stands for it.)
                 unit.reached = found or None
+
+    def _find_landings(self) -> dict[Edge, tuple[int, int]]:
+        """Per edge: the unit (by position) that a gradient along it comes to, and as which of its outputs'.
+
+        Outputs are numbered as in ``receives``. A leaf is unit -1, and which leaf it is.
+        """
+        found: dict[Edge, tuple[int, int]] = {}
+        outputs = {
+            slot.edge: (unit.call.index, position)
+            for unit in self.units
+            if unit.call.kind != "op"
+            for position, slot in enumerate(unit.outputs)
+            if slot.edge is not None
+        }
+        loss = self.tape.loss
+        for slot in (*(slot for unit in self.units for slot in unit.inputs), *([] if loss is None else [loss])):
+            edge = slot.edge
+            if edge is None or edge in found or edge == NOWHERE:
+                continue
+            if edge in outputs:
+                found[edge] = outputs[edge]
+            elif slot.is_leaf:
+                found[edge] = (-1, edge[1])
+            elif (place := self._land(self.recorder.nodes[edge[0]], edge[1])) is not None:
+                found[edge] = place
+        return found
+
+    def _land(self, node: Any, number: int) -> tuple[int, int] | None:
+        """Where a gradient that comes to ``node`` is used, past the nodes that are nobody's (a view's, made anew)."""
+        while (owner := self._owner_of_node.get(id(node))) is None:
+            variable = getattr(node, "variable", None)
+            if isinstance(variable, Tensor) and not node.next_functions:
+                return (-1, self.recorder._leaf(variable))
+            behind = [edge for edge in node.next_functions if edge[0] is not None]
+            if len(behind) != 1:
+                return None
+            node, number = behind[0]
+        return (owner.call.index, number)
 
     # -- which outputs receive a gradient ------------------------------------------------------------------------------
 

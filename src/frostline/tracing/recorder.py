@@ -33,6 +33,7 @@ from frostline.tracing.calls import (
     TensorMeta,
     aliases,
     describe,
+    grad_fn_of,
     result_side,
     template,
     tensors_in,
@@ -109,6 +110,9 @@ class Recorder:
         self.always_edges: set[Edge] = set()  # `requires_grad_()` was called on their tensors
         self.used: set[int] = set()  # tensors that an op has taken
         self.num_values = 0
+        self.num_ops = 0
+        self.died: dict[int, int] = {}  # storage -> the op (by order) before which it was let go; if nothing is kept
+        self._living: dict[int, StorageWeakRef] = {}  # by address
         self._kept: list[Tensor] | None = [] if keep else None
         self._values: dict[int, tuple[int, Any]] = {}
         self._node_index: dict[int, int] = {}
@@ -166,9 +170,16 @@ class Recorder:
         if number is None:
             number = self._storage_index[storage._cdata] = len(self.storage_bytes)
             self.storage_bytes.append(0 if tensor._is_zerotensor() else storage.nbytes())  # (a tangent of zeros)
-            self.storage_refs[storage._cdata] = StorageWeakRef(storage)
+            self.storage_refs[storage._cdata] = self._living[storage._cdata] = StorageWeakRef(storage)
             self.sides.append(side)
         return number
+
+    def note_deaths(self) -> None:
+        """See which storages were let go since the last op."""
+        if self._kept is None:
+            for address in [address for address, ref in self._living.items() if ref.expired()]:
+                del self._living[address]
+                self.died[self._storage_index[address]] = self.num_ops
 
     def alias(self, result: Any, number: int) -> None:
         """Give what an op returned of one of its arguments that argument's storage number.
@@ -201,7 +212,7 @@ class Recorder:
         if not tensor.requires_grad:
             return None
         try:
-            node = tensor.grad_fn
+            node = grad_fn_of(tensor)
         except RuntimeError:  # a view of something written to since: autograd would refuse to use it
             return None
         if node is None and tensor._base is not None and tensor._base.requires_grad:
@@ -283,6 +294,10 @@ class Recorder:
             return len(inputs) - 1
 
         call = Call(kind, target, (), {}, inputs, self.module_stack[-1], torch.is_grad_enabled())
+        if kind == "op":
+            self.note_deaths()
+            call.order = self.num_ops
+            self.num_ops += 1
         call.args = template(args, take)
         call.kwargs = template(kwargs, take)
         if call.grad_enabled:
@@ -339,8 +354,9 @@ class Recorder:
         side = max([side, *(s.side for op in call.ops() for s in op.inputs)])
         self.end(call, result, side)
         for tensor in tensors_in(result):
-            if tensor.grad_fn is not None:
-                self.function_nodes[self._node(tensor.grad_fn)] = call
+            node = grad_fn_of(tensor)
+            if node is not None:
+                self.function_nodes[self._node(node)] = call
         if reentrant and torch.is_grad_enabled() and (self.frozen or any(slot.edge for slot in call.inputs)):
             self._pending.append((call, args))
         self.current.children.append(call)

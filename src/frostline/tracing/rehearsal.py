@@ -45,15 +45,20 @@ class Rehearsal:
     rng: tuple[Any, ...] = field(default_factory=rng_state)  # every tape draws the same random numbers
 
     def tape(self, trainable: frozenset[int]) -> Tape:
-        """Record one run in which exactly the parameters numbered in ``trainable`` require grad."""
-        with self.staged(trainable, keep=not self.real) as staged, ExitStack() as stack:
+        """Record one run in which exactly the parameters numbered in ``trainable`` require grad.
+
+        Without any, nothing but the step's own code holds a tensor: when it lets go of each is recorded too.
+        """
+        with self.staged(trainable, keep=not self.real and bool(trainable)) as staged, ExitStack() as stack:
             recorder = staged.recorder
             if self.real:  # memory at most inference plus one op: what autograd would save is let go
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(let_go, _was_let_go))
             stack.enter_context(recording(recorder, fake=not self.real))
-            slot = recorder.slot(self.perform(staged, then=recorder.finish))
+            loss = self.perform(staged, then=recorder.finish)
+            recorder.note_deaths()
+            slot = recorder.slot(loss)
         leaves = {recorder._leaf(p): number for number, p in staged.lender.numbered()}
-        return Tape(recorder, slot, staged.excluded, leaves, len(self.parameters), self.real)
+        return Tape(recorder, slot, staged.excluded, staged.inputs, leaves, len(self.parameters), self.real)
 
     @contextmanager
     def staged(self, trainable: frozenset[int], *, keep: bool) -> Iterator[Staged]:
@@ -82,7 +87,8 @@ class Rehearsal:
             recorder.seal(iter(given), Side.DATA)
             recorder.own.update(recorder.storage_of(t, Side.DATA) for t in given)  # (what is written is put back)
             recorder.lent.update(lender.storages)
-            yield Staged(recorder, lender, args, kwargs, excluded)
+            inputs = frozenset(recorder.storage_of(t, Side.DATA) for t in given) - excluded
+            yield Staged(recorder, lender, args, kwargs, excluded, inputs)
 
     def perform(self, staged: Staged, then: Callable[[], None] | None = None) -> Tensor:
         """Run the step up to its loss, ``then`` what belongs to it; an error gets a note that names the module."""
@@ -141,13 +147,17 @@ def _was_let_go(_nothing: None) -> Tensor:
 
 @dataclass
 class Staged:
-    """A run about to begin: the tensors lent to it, the inputs, and the storages that are nobody's to save."""
+    """A run about to begin: the tensors lent to it, the inputs, and the storages that are nobody's to save.
+
+    ``inputs``: the storages of the step's arguments.
+    """
 
     recorder: Recorder
     lender: Lender
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     excluded: frozenset[int]
+    inputs: frozenset[int]
 
 
 class Lender:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,14 @@ from torch.nn.parameter import is_lazy
 
 from frostline.errors import FrostlineError, TraceError
 from frostline.tracing.alignment import align
+from frostline.tracing.calls import Call
 from frostline.tracing.graph import Graph, Tape
+from frostline.tracing.lifetimes import Lifetimes, lifetimes
 from frostline.tracing.rehearsal import Rehearsal
 from frostline.tracing.step import default_loss, made_up_labels, split_inputs, sum_loss, wants_labels
 
 if TYPE_CHECKING:
+    from frostline.costing.calibration import Calibration, Progress
     from frostline.costing.comparison import Comparison
     from frostline.costing.cost import Cost
     from frostline.costing.marginal import Marginal
@@ -157,6 +160,7 @@ class Trace:
             n for n, p in enumerate(self.rehearsal.parameters.values()) if p.is_floating_point() or p.is_complex()
         )
         self.trainable_numbers = everything
+        self.lifetimes = Lifetimes((), ())
         self.tape_on = self._first_tape(everything)
         if self.tape_on.loss is None or self.tape_on.loss.edge is None:
             raise TraceError(
@@ -221,7 +225,10 @@ class Trace:
             tape_off, _ = self.record(frozenset())
         except Exception as error:  # a step that needs gradients to run, such as a gradient penalty
             return f"the step does not run with everything frozen ({type(error).__name__})"
-        return align(self.tape_on.calls, tape_off.calls)
+        pairs: list[tuple[Call, Call]] = []
+        diverges = align(self.tape_on.calls, tape_off.calls, pairs)
+        self.lifetimes = lifetimes(self.tape_on.recorder, tape_off.recorder, pairs)
+        return diverges
 
     # -- what was traced -----------------------------------------------------------------------------------------------
 
@@ -295,6 +302,31 @@ class Trace:
         from frostline.costing.cost import cost
 
         return cost(self, train, method, optimizer)
+
+    def calibrate(
+        self, costs: Iterable[Cost] | None = None, optimizer: Any = "adamw", progress: Progress | None = None
+    ) -> Calibration:
+        """Time every op that a subset may need, one at a time, on this machine; afterwards costs know their seconds.
+
+        Args:
+            costs: the rows to be predicted, where only what they need is to be timed; by default any subset's. What is
+                found missing later is timed when it is asked for.
+            optimizer: whose steps to time.
+            progress: called with how many op calls are done, and of how many.
+
+        Timings are kept on disk, at once, so that what is interrupted goes on where it stopped.
+        """
+        from frostline.costing.calibration import calibrate
+
+        found = calibrate(self, None if costs is None else list(costs), optimizer, progress)
+        self._coster.settle(found)
+        return found
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What `calibrate` found; None before."""
+        found: Calibration | None = self._coster.calibration
+        return found
 
     def compare(self, train: Any = None, methods: Any = None, optimizer: Any = "adamw") -> Comparison:
         """Several methods for one subset, or several named subsets (a mapping), side by side."""

@@ -1,0 +1,112 @@
+"""``trace.calibrate``: take the time of every op that a subset may need, once per device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from frostline.costing.engine import Ledger
+from frostline.costing.optimizers import optimizer_model
+from frostline.costing.overhead import NONE, Overhead, measured_phases, tiny, tiny_input
+from frostline.costing.rerun import Rerun
+from frostline.costing.seconds import Clockwork
+from frostline.errors import FrostlineError
+from frostline.probing.timings import Timings
+from frostline.tracing.trace import Trace, trace
+
+if TYPE_CHECKING:
+    from frostline.costing.cost import Cost
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a device was found to take.
+
+    Attributes:
+        device, num_threads: what it holds for.
+        num_timed: op calls timed for it, as against found on disk.
+        failed: op -> why it could not be timed.
+        notes: such as other calibrations that do not apply.
+    """
+
+    timings: Timings
+    overhead: Overhead
+    device: str
+    num_threads: int
+    num_timed: int
+    failed: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def calibrate(
+    traced: Trace,
+    costs: list[Cost] | None,
+    optimizer: Any,
+    progress: Progress | None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Calibration:
+    """See `frostline.tracing.trace.Trace.calibrate`."""
+    if traced.device.type not in ("cpu", "cuda"):
+        raise FrostlineError(f"no clock for device {str(traced.device)!r}; there is cpu and cuda")
+    timings = Timings(traced.device, clock)
+    wanted: dict[str, Callable[[], None]] = {}
+    watched: list[Clockwork] = []
+    for ledger, rows in _asked(traced, costs):
+        watched.append(Clockwork(ledger, timings, NONE))
+        wanted.update(watched[-1].tasks(rows))
+    model = optimizer_model(optimizer)
+    watched.append(Clockwork(watched[0].ledger, timings, NONE))
+    for parameter in traced.parameter_list:
+        if parameter.is_floating_point():
+            wanted.update(map(watched[-1].task, model.step_ops(parameter)))
+    for done, take in enumerate(wanted.values()):
+        if progress is not None:
+            progress(done, len(wanted))
+        take()
+    if progress is not None:
+        progress(len(wanted), len(wanted))
+    failed = {op: why for clockwork in watched for op, why in clockwork.unknown.items()}
+    overhead = _overhead(traced.device, timings, clock)
+    others = timings.others() if timings.num_timed else []
+    notes = tuple(f"timings of another setting are there and were not used: {said}" for said in others)
+    threads = torch.get_num_threads()
+    return Calibration(timings, overhead, str(traced.device), threads, timings.num_timed, failed, notes)
+
+
+def _asked(
+    traced: Trace, costs: list[Cost] | None
+) -> Iterator[tuple[Ledger | Rerun, list[tuple[int, int | None]] | None]]:
+    """What answers for the rows, each with their flags; None: for any subset."""
+    if costs is None:
+        ledger, *_ = traced.cost("@all")._flags
+        yield ledger, None
+        return
+    rows: dict[Ledger | Rerun, list[tuple[int, int | None]]] = {}
+    for cost in costs:
+        ledger, forward, backward = cost._flags
+        rows.setdefault(ledger, []).append((forward, backward))
+    yield from rows.items()
+
+
+def _overhead(device: torch.device, timings: Timings, clock: Callable[[], float]) -> Overhead:
+    """Per op call, what the step of a tiny network takes beyond its ops."""
+    model = tiny(device)
+    traced = trace(model, tiny_input(device), loss="sum")
+    clockwork = Clockwork(traced._coster.ledger, timings, NONE)
+    cost = traced.cost("@all")
+    parameters = list(traced.parameter_list)
+    alone = clockwork.step(*cost._flags[1:], parameters, (), optimizer_model("adamw"))
+    tally = clockwork.tally(*cost._flags[1:])
+    num_steps = sum(len(optimizer_model("adamw").step_ops(p)) for p in parameters)
+    forward, backward, optimizing = measured_phases(device, clock)
+    return Overhead(
+        (forward - alone.forward) / tally.forward_ops,
+        (backward - alone.grad_input - alone.grad_weight) / tally.backward_ops,
+        (optimizing - alone.optimizer) / num_steps,
+    )

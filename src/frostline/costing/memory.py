@@ -1,0 +1,303 @@
+"""Peak memory of a step: which storages live at which moment, simulated over the tape.
+
+In the forward a storage lives as long as the step's own code holds it (`frostline.tracing.lifetimes`), or, if autograd
+saved it, until its last holder's backward has run. The backward goes through the calls in reverse, as autograd's engine
+does: a gradient lives from the call that made it to the call that takes it; where two meet they are added, in place if
+nobody else looks; a parameter's becomes its ``.grad``. Source: ``torch/csrc/autograd/engine.cpp``,
+``input_buffer.cpp`` and ``functions/accumulate_grad.h``; held to the allocator's own events in ``tests/truth``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from frostline.costing.engine import Ledger
+from frostline.costing.entry import numbers_in
+from frostline.costing.moment import Moment, Standing
+from frostline.probing.attribution import RanOp
+from frostline.tracing.calls import Call
+from frostline.tracing.graph import Unit
+from frostline.tracing.lifetimes import Lifetimes
+
+Scratch = Callable[[Call | RanOp], int]
+
+
+@dataclass(slots=True)
+class _Script:
+    """What the backward of one unit does to memory under one state of its flags."""
+
+    unit: Unit
+    index: int
+    runs: bool  # False: what is asked for needs nothing of it, and it is never run
+    peak: int  # bytes that it makes, at most at a time
+    scratch: int  # of them, what a kernel takes for itself at that moment
+    gives: tuple[tuple[int, int, int | None, int, int, bool], ...]  # where each gradient lands, then of `Gradient`
+    holds: tuple[int, ...]  # storages
+
+
+class _Gradient:
+    """A storage that gradients lie in: its bytes, and how many wait in it."""
+
+    __slots__ = ("nbytes", "users")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.users = 0
+
+
+class Simulation:
+    """One tape, ready to be asked for any subset.
+
+    Args:
+        scratch: an op -> the bytes its kernel takes beyond inputs and outputs, as far as known.
+        rounded: the bytes the device's allocator takes for a storage.
+    """
+
+    def __init__(self, ledger: Ledger, lives: Lifetimes, scratch: Scratch, rounded: Callable[[int], int]) -> None:
+        self.ledger = ledger
+        self.lives = lives
+        self.scratch = scratch
+        self.rounded = rounded
+        self.end = ledger.graph.recorder.num_ops  # the moment at which the loss has returned
+        self._born = np.array(lives.born, dtype=np.int64)
+        self._died = np.array(lives.died, dtype=np.int64)
+        self._last_op = {unit.call.index: max((op.order for op in unit.ops), default=0) for unit in ledger.units}
+        self._first_use = _first_uses(ledger)
+        self._sizes: list[int] = []
+        self._size_array = self._held_until = np.zeros(0, dtype=np.int64)
+        self._ops = {op.order: op for unit in ledger.units for op in unit.ops}
+        self._op_scratch = np.zeros(self.end + 1, dtype=np.int64)
+        for order, op in self._ops.items():
+            self._op_scratch[order] = scratch(op)
+        self._of_groups: dict[int, dict[Any, tuple[_Script, ...]]] = {id(group): {} for group in ledger.groups}
+
+    # -- the forward ---------------------------------------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        """Take over the storages that replays have found since."""
+        ledger, known = self.ledger, len(self._born)
+        if self._sizes == ledger.storage_bytes:
+            return
+        self._sizes = list(ledger.storage_bytes)
+        self._size_array = np.array([self.rounded(n) for n in self._sizes], dtype=np.int64)
+        made = np.array([self._last_op[unit.call.index] for unit in ledger.makers], dtype=np.int64)
+        self._held_until = np.concatenate([self._died, made])  # from when on a held one counts besides
+        change = np.zeros(self.end + 2, dtype=np.int64)
+        sizes = self._size_array[:known]
+        np.add.at(change, self._born, sizes)
+        np.add.at(change, self._died, -sizes)
+        self._code_alone = np.cumsum(change)
+
+    def _forward(self, held: int) -> tuple[Any, Any]:
+        """Bytes at each op, and those of them that autograd holds."""
+        count = len(self._sizes)
+        octets = np.frombuffer(held.to_bytes((count + 7) // 8, "little"), dtype=np.uint8)
+        flags = np.unpackbits(octets, bitorder="little", count=count)
+        flags[: len(self._born)] &= self._born < self.end  # (what was there before is no part of it)
+        numbers = np.flatnonzero(flags)
+        extra = np.bincount(self._held_until[numbers], self._size_array[numbers], self.end + 2)
+        level = self._code_alone + np.cumsum(extra).astype(np.int64)
+        return level[: self.end + 1], numbers
+
+    def _saved_at(self, numbers: Any, moment: int) -> int:
+        known = len(self._born)
+        born = np.where(numbers < known, self._born[np.minimum(numbers, known - 1)], self._held_until[numbers])
+        return int(self._size_array[numbers[born <= moment]].sum())
+
+    # -- the backward --------------------------------------------------------------------------------------------------
+
+    def _script(self, unit: Unit, live: Sequence[bool], wanted: Sequence[bool] | None) -> _Script | None:
+        ledger = self.ledger
+        mask = frozenset(i for i, flag in enumerate(live) if flag)
+        if not mask or not unit.held:
+            return None
+        needed = None if wanted is None else frozenset(i for i, flag in enumerate(wanted) if flag)
+        found = ledger.probe(unit, mask, needed)
+        entry = ledger.unit_entry(unit, live, wanted)
+        holds = tuple(n for n in numbers_in(entry.held) if n >= len(self._born) or self._born[n] < self.end)
+        peak, inside = max(((op.alive + (s := self.scratch(op)), s) for op in found.backward), default=(0, 0))
+        landings = ledger.graph.landings
+        gives = []
+        for gradient in found.gradients:
+            edge = unit.inputs[gradient.index].edge
+            if edge is None or edge not in landings:
+                continue
+            owner, number = landings[edge]
+            gives.append(
+                (owner, number, gradient.given, gradient.storage, self.rounded(gradient.nbytes), gradient.fits)
+            )
+        runs = needed is None or bool(needed)
+        return _Script(unit, unit.call.index, runs, peak, inside, tuple(gives), holds)
+
+    def _scripts_of(self, forward_flags: int, backward_flags: int | None) -> list[_Script]:
+        """What each call's backward does, in the order of the forward."""
+        ledger = self.ledger
+        live, wanted = ledger.flags(forward_flags, backward_flags)
+        found: list[_Script] = []
+        for group in ledger.groups:
+            state = tuple([live[i] for i in group.conditions])
+            key = state if wanted is None else (state, tuple([wanted[i] for i in group.conditions]))
+            known = self._of_groups[id(group)]
+            scripts = known.get(key)
+            if scripts is None:
+                made = [self._script(unit, *ledger.unit_flags(unit, live, wanted)) for unit in group.units]
+                scripts = known[key] = tuple(script for script in made if script is not None)
+            found += scripts
+        found.sort(key=_index)
+        return found
+
+    def _backward(self, scripts: list[_Script], level: int, saved: int, standing: Standing) -> Iterator[Any]:
+        """Yield ``(script, level, saved, gradients, scratch)`` at each moment that may be the fullest."""
+        sizes = self._size_array
+        holders: dict[int, int] = {}
+        for script in scripts:
+            for storage in script.holds:
+                holders[storage] = holders.get(storage, 0) + 1
+        number_of = self.ledger.graph.tape.parameter_of_leaf
+        gradients = 0
+        waiting: dict[int, dict[int, _Gradient]] = {}
+        loss = self.ledger.graph.tape.loss
+        if loss is not None and loss.edge in self.ledger.graph.landings:
+            owner, number = self.ledger.graph.landings[loss.edge]
+            first = _Gradient(self.rounded(loss.meta.nbytes))
+            first.users = 1
+            level += first.nbytes
+            waiting[owner] = {number: first}
+        for script in reversed(scripts):
+            if not script.runs:
+                continue
+            yield script, level + script.peak, saved, gradients, script.scratch
+            taken = waiting.pop(script.index, {})
+            made: dict[int, _Gradient] = {}
+            given: list[_Gradient] = []
+            for _, _, source, storage, nbytes, _ in script.gives:
+                lies = taken.get(source) if source is not None else made.get(storage)
+                if lies is None:
+                    lies = made[storage] = _Gradient(nbytes)
+                    level += nbytes
+                lies.users += 1
+                given.append(lies)
+            for lies in taken.values():
+                lies.users -= 1
+                if not lies.users:
+                    level -= lies.nbytes
+            for storage in script.holds:
+                holders[storage] -= 1
+                if not holders[storage]:
+                    size = int(sizes[storage])
+                    level -= size
+                    saved -= size
+            for (owner, number, _, _, _, fits), lies in zip(script.gives, given, strict=True):
+                place = (owner, number) if owner >= 0 else (-2 - number, 0)
+                others = waiting.setdefault(place[0], {})
+                other = others.get(place[1])
+                if other is None:
+                    others[place[1]] = other = lies
+                elif other.users == 1:  # added to where it lies
+                    lies.users -= 1
+                    level -= 0 if lies.users else lies.nbytes
+                else:
+                    total = _Gradient(lies.nbytes)
+                    total.users = 1
+                    level += total.nbytes
+                    yield script, level, saved, gradients, 0
+                    for part in (other, lies):
+                        part.users -= 1
+                        level -= 0 if part.users else part.nbytes
+                    others[place[1]] = other = total
+                if owner >= 0 or self._first_use.get(number) != script.index:
+                    continue
+                del waiting[place[0]]
+                parameter = number_of.get(number, -1)
+                if parameter in standing.kept:
+                    other.users -= 1
+                    level -= 0 if other.users else other.nbytes
+                elif other.users == 1 and fits:  # it becomes the parameter's .grad as it is
+                    gradients += other.nbytes
+                else:
+                    size = self.rounded(standing.gradient_bytes[parameter] if parameter >= 0 else other.nbytes)
+                    level += size
+                    gradients += size
+                    yield script, level, saved, gradients, 0
+                    other.users -= 1
+                    level -= 0 if other.users else other.nbytes
+        yield None, level, saved, gradients, 0
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def peak(self, held: int, forward_flags: int, backward_flags: int | None, standing: Standing) -> Moment:
+        """The fullest moment of a step in the steady state: the optimizer's state exists, gradients were cleared."""
+        self._refresh()
+        scripts = self._scripts_of(forward_flags, backward_flags)
+        self._refresh()
+        curve, numbers = self._forward(held)
+        full = curve + self._op_scratch
+        at = int(full.argmax())
+        saved_in_all = int(self._size_array[numbers].sum())
+        top, best = int(full[at]), None
+        last: Any = None
+        for last in self._backward(scripts, int(curve[-1]), saved_in_all, standing):
+            if last[1] > top:
+                top, best = last[1], last
+        level, gradients = last[1], last[3]
+        if level + standing.optimizer_scratch > top:
+            rest = {"saved": last[2], "transients": level - last[2] - gradients}
+            return standing.moment(
+                "optimizer", "step", "", gradients=gradients, scratch=standing.optimizer_scratch, **rest
+            )
+        if best is None:
+            return self._forward_moment(at, curve, numbers, standing)
+        return self._backward_moment(best, standing)
+
+    def timeline(
+        self, held: int, forward_flags: int, backward_flags: int | None, standing: Standing
+    ) -> Iterator[Moment]:
+        """Every moment of the step, in order."""
+        self._refresh()
+        scripts = self._scripts_of(forward_flags, backward_flags)
+        self._refresh()
+        curve, numbers = self._forward(held)
+        for order in range(self.end):
+            yield self._forward_moment(order, curve, numbers, standing)
+        last: Any = None
+        for last in self._backward(scripts, int(curve[-1]), int(self._size_array[numbers].sum()), standing):
+            yield self._backward_moment(last, standing)
+        _, level, saved, gradients, _ = last
+        rest = {"saved": saved, "transients": level - saved - gradients}
+        yield standing.moment("optimizer", "step", "", gradients=gradients, scratch=standing.optimizer_scratch, **rest)
+
+    def _forward_moment(self, order: int, curve: Any, numbers: Any, standing: Standing) -> Moment:
+        op = self._ops.get(order)
+        saved = self._saved_at(numbers, order)
+        name, module = ("loss", "") if op is None else (op.name, op.module)
+        transients = int(curve[order]) - saved
+        scratch = int(self._op_scratch[order])
+        return standing.moment("forward", name, module, saved=saved, transients=transients, scratch=scratch)
+
+    def _backward_moment(self, found: Any, standing: Standing) -> Moment:
+        script, level, saved, gradients, scratch = found
+        name, module = ("end", "") if script is None else (script.unit.call.name, script.unit.module)
+        transients = level - saved - gradients - scratch
+        return standing.moment(
+            "backward", name, module, gradients=gradients, saved=saved, transients=transients, scratch=scratch
+        )
+
+
+def _index(script: _Script) -> int:
+    return script.index
+
+
+def _first_uses(ledger: Ledger) -> dict[int, int]:
+    """Per leaf: the first unit that uses it, which is the last whose backward adds to its gradient."""
+    found: dict[int, int] = {}
+    for unit in ledger.units:
+        if unit.held:
+            for slot in unit.inputs:
+                owner, leaf = ledger.graph.landings.get(slot.edge, (0, 0)) if slot.edge is not None else (0, 0)
+                if owner == -1:
+                    found.setdefault(leaf, unit.call.index)
+    return found

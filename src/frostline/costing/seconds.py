@@ -1,0 +1,327 @@
+"""Seconds of a step: the ops that run, each as long as it took alone, and what lies between them.
+
+Added up like FLOPs: by call and by the gradient an op is for. What isolated ops do not show is counted besides: the
+sums where gradients meet, the additions to ``.grad`` that nobody clears, the optimizer's step, and the overhead of
+Python, of dispatch and of autograd's engine (`frostline.costing.overhead`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from frostline.costing.engine import Ledger
+from frostline.costing.entry import backward_flops
+from frostline.costing.optimizers import OptimizerModel
+from frostline.costing.overhead import Overhead
+from frostline.costing.rerun import Rerun
+from frostline.probing.attribution import RanOp
+from frostline.probing.probe import timed_probe
+from frostline.probing.stopwatch import Timing, Work
+from frostline.probing.timings import Timings, key_of
+from frostline.tracing.calls import Call, Side, TensorMeta, fill
+from frostline.tracing.graph import Unit
+
+MODEL_ERROR = 0.05  # of a step: what the model itself misses at the median; see benchmarks/results/accuracy.json
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """What a step takes, by part. ``low`` and ``high``: where it is expected to lie.
+
+    ``unknown``: op -> why it could not be timed; what it takes is in no figure.
+    """
+
+    forward: float
+    grad_input: float
+    grad_weight: float
+    recompute: float
+    optimizer: float
+    overhead: float
+    uncertainty: float
+    unknown: dict[str, str]
+
+    @property
+    def total(self) -> float:
+        return sum((self.forward, self.grad_input, self.grad_weight, self.recompute, self.optimizer, self.overhead))
+
+    @property
+    def low(self) -> float:
+        return max(0.0, self.total - self.uncertainty)
+
+    @property
+    def high(self) -> float:
+        return self.total + self.uncertainty
+
+    def by_part(self) -> dict[str, float]:
+        """The parts by name; they add up to ``total``."""
+        return {name: getattr(self, name) for name in PARTS}
+
+
+PARTS = ("forward", "grad_input", "grad_weight", "recompute", "optimizer", "overhead")
+
+
+def work_of(op: Call | RanOp) -> Work:
+    """The op call as something to be timed."""
+    if isinstance(op, RanOp):
+        return Work(op.op, op.args, op.kwargs)
+    metas = [slot.meta for slot in op.inputs]
+    return Work(op.target, fill(op.args, metas), fill(op.kwargs, metas))
+
+
+class Tally:
+    """Seconds that add up; the last two are numbers of op calls."""
+
+    __slots__ = ("backward_ops", "forward", "forward_ops", "grad_input", "grad_weight", "recompute", "spread")
+
+    def __init__(self) -> None:
+        self.forward = self.grad_input = self.grad_weight = self.recompute = self.spread = 0.0
+        self.forward_ops = self.backward_ops = 0
+
+    def add(self, other: Tally) -> None:
+        self.forward += other.forward
+        self.grad_input += other.grad_input
+        self.grad_weight += other.grad_weight
+        self.recompute += other.recompute
+        self.spread += other.spread
+        self.forward_ops += other.forward_ops
+        self.backward_ops += other.backward_ops
+
+
+class Clockwork:
+    """The seconds of one ledger's subsets."""
+
+    def __init__(self, ledger: Ledger | Rerun, timings: Timings, overhead: Overhead) -> None:
+        self.ledger = ledger
+        self.timings = timings
+        self.overhead = overhead
+        self.unknown: dict[str, str] = {}
+        self._seen: dict[int, tuple[Any, Timing]] = {}
+        self._units: dict[Any, Tally] = {}
+        self._groups: dict[Any, Tally] = {}
+        self._base: Tally | None = None
+        self._joins: dict[int, float] | None = None
+
+    def timing(self, op: Call | RanOp) -> Timing:
+        """The timing of an op call; what fails is noted in ``unknown``."""
+        known = self._seen.get(id(op))
+        if known is None:
+            work = work_of(op)
+            found = self.timings.get(work)
+            if found.failure:
+                self.unknown[str(work.op)] = found.failure
+            known = self._seen[id(op)] = (op, found)
+        return known[1]
+
+    def scratch(self, op: Call | RanOp) -> int:
+        """Bytes that the op's kernel takes for itself."""
+        return self.timing(op).scratch_bytes
+
+    # -- adding up -----------------------------------------------------------------------------------------------------
+
+    def step(
+        self, forward_flags: int, backward_flags: int | None, trained: Sequence[torch.Tensor],
+        kept: Iterable[torch.Tensor], optimizer: OptimizerModel,
+    ) -> StepSeconds:  # fmt: skip
+        """Seconds of one step.
+
+        Args:
+            forward_flags, backward_flags: see `frostline.costing.engine.Ledger.evaluate`.
+            trained: the parameters the optimizer steps.
+            kept: those that get a gradient which nobody clears.
+        """
+        total = self.tally(forward_flags, backward_flags)
+        joins = self._meeting(forward_flags if backward_flags is None else backward_flags)
+        optimizing, num_optimizer_ops = 0.0, 0
+        for parameter in trained:
+            for op in optimizer.step_ops(parameter):
+                optimizing += self.timing(op).seconds
+                num_optimizer_ops += 1
+        adding = sum(self._addition(_meta(parameter)) for parameter in kept)
+        overhead = self.overhead.of_step(total.forward_ops, total.backward_ops, num_optimizer_ops)
+        parts = (total.forward, total.grad_input + joins, total.grad_weight + adding, total.recompute, optimizing)
+        uncertainty = total.spread + MODEL_ERROR * (sum(parts) + overhead)
+        return StepSeconds(*parts, overhead, uncertainty, dict(self.unknown))
+
+    def tally(self, forward_flags: int, backward_flags: int | None) -> Tally:
+        """The seconds of the step's op calls, and how many they are."""
+        total, ledger = Tally(), self.ledger
+        if isinstance(ledger, Rerun):
+            total.add(self._forward(ledger.step.forward))
+            self._backward(total, ledger.step.backward)
+            return total
+        if self._base is None:
+            self._base = Tally()
+            for unit in ledger.units:
+                if not unit.call.varies:
+                    self._base.add(self._forward(unit.ops))
+        total.add(self._base)
+        live, wanted = ledger.flags(forward_flags, backward_flags)
+        for group in ledger.groups:
+            state = tuple([live[i] for i in group.conditions])
+            key = (id(group), state, None if wanted is None else tuple([wanted[i] for i in group.conditions]))
+            tally = self._groups.get(key)
+            if tally is None:
+                tally = self._groups[key] = Tally()
+                for unit in group.units:
+                    tally.add(self._unit(unit, *ledger.unit_flags(unit, live, wanted)))
+            total.add(tally)
+        return total
+
+    def _unit(self, unit: Unit, live: Sequence[bool], wanted: Sequence[bool] | None) -> Tally:
+        assert isinstance(self.ledger, Ledger)
+        mask = frozenset(i for i, flag in enumerate(live) if flag)
+        needed = None if wanted is None else frozenset(i for i, flag in enumerate(wanted) if flag)
+        key = (unit, mask, needed)
+        tally = self._units.get(key)
+        if tally is None:
+            tally = self._units[key] = Tally()
+            varies = unit.call.varies
+            if mask or varies:
+                found = self.ledger.probe(unit, mask, needed)
+                self.prepare(unit, mask, needed)
+                if varies:
+                    tally.add(self._forward(found.forward))
+                if unit.held and mask and (needed is None or needed):
+                    self._backward(tally, found.backward)
+        return tally
+
+    def prepare(self, unit: Unit, mask: frozenset[int], needed: frozenset[int] | None) -> None:
+        """Time by replays what cannot be run op by op: backwards that read what kernels left, and user code."""
+        assert isinstance(self.ledger, Ledger)
+        found = self.ledger.probe(unit, mask, needed)
+        works = [work_of(op) for op in (*found.forward, *found.backward)]
+        if not (found.reads_workspace or unit.call.kind != "op") or all(map(self.timings.known, works)):
+            return
+        question = self.ledger.question(unit, mask, needed)
+        stage = self.ledger.store.stage
+        self.timings.take_replays(works, lambda runner: timed_probe(stage, unit, question, runner))
+
+    def _forward(self, ops: Iterable[Call | RanOp]) -> Tally:
+        tally = Tally()
+        for op in ops:
+            timing = self.timing(op)
+            tally.forward += timing.seconds
+            tally.spread += timing.spread / timing.num_samples**0.5
+            tally.forward_ops += 1
+        return tally
+
+    def _backward(self, tally: Tally, ops: Iterable[RanOp]) -> None:
+        for op in ops:
+            timing = self.timing(op)
+            tally.spread += timing.spread / timing.num_samples**0.5
+            tally.backward_ops += 1
+            if op.recomputed:
+                tally.recompute += timing.seconds
+                continue
+            data, weights = _shares(op)
+            tally.grad_input += timing.seconds * data
+            tally.grad_weight += timing.seconds * weights
+
+    def _meeting(self, reached: int) -> float:
+        """Seconds of adding gradients up where they meet; a step run as a whole does not say where."""
+        if isinstance(self.ledger, Rerun):
+            return 0.0
+        if self._joins is None:
+            self._joins = self._meetings(self.ledger)
+        return sum([seconds for bits, seconds in self._joins.items() if bits & reached])
+
+    def _meetings(self, ledger: Ledger) -> dict[int, float]:
+        """Seconds of adding gradients up where several come to one place, by the parameters behind it."""
+        uses: dict[tuple[int, int], list[TensorMeta]] = {}
+        behind: dict[tuple[int, int], int] = {}
+        for unit in ledger.units:
+            if not unit.held:
+                continue
+            for slot, bits in zip(unit.inputs, unit.behind, strict=True):
+                place = None if slot.edge is None else ledger.graph.landings.get(slot.edge)
+                if place is not None and bits:
+                    uses.setdefault(place, []).append(slot.meta)
+                    behind[place] = bits
+        found: dict[int, float] = {}
+        for place, metas in uses.items():
+            seconds = sum(self._addition(meta) for meta in metas[1:])
+            if seconds:
+                found[behind[place]] = found.get(behind[place], 0.0) + seconds
+        return found
+
+    def _addition(self, meta: TensorMeta) -> float:
+        if meta.layout is not torch.strided:
+            return 0.0
+        return self.timings.get(Work(torch.ops.aten.add_.Tensor, (meta, meta), {})).seconds
+
+    # -- what has to be timed ------------------------------------------------------------------------------------------
+
+    def tasks(self, rows: Iterable[tuple[int, int | None]] | None = None) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What to time for some rows, by their flags (None: for any subset): a name that is the same for what is the
+        same, and a call that takes the time.
+        """
+        ledger = self.ledger
+        if isinstance(ledger, Rerun):
+            yield from map(self.task, ledger.step.forward)
+            yield from map(self.task, ledger.step.backward)
+            return
+        rows = None if rows is None else list(rows)
+        for unit in ledger.units:
+            if not unit.call.varies:
+                yield from map(self.task, unit.ops)
+        for unit in ledger.units:
+            if not unit.held and not unit.call.varies:
+                continue
+            for mask, asked in _states(unit) if rows is None else {_state(unit, *flags) for flags in rows}:
+                if not mask and not unit.call.varies:
+                    continue
+                found = ledger.probe(unit, mask, asked)
+                ops: list[Call | RanOp] = [*found.forward, *found.backward]
+                if found.reads_workspace or unit.call.kind != "op":
+                    name = " ".join(key_of(work_of(op)) for op in ops)
+                    yield name, functools.partial(self.prepare, unit, mask, asked)
+                for op in ops:
+                    yield self.task(op)
+
+    def task(self, op: Call | RanOp) -> tuple[str, Callable[[], None]]:
+        """The timing of one op call, as one of `tasks`."""
+        return key_of(work_of(op)), lambda: void(self.timing(op))
+
+
+def void(_timing: Timing) -> None:
+    """Let a result go."""
+
+
+def _states(unit: Unit) -> set[tuple[frozenset[int], frozenset[int] | None]]:
+    """Every state of a unit's flags; of units with many inputs, the most common: all, none but one, all but one."""
+    distinct = sorted({bits for bits in unit.behind if bits})
+    if len(distinct) <= 3:
+        chosen = [{b for i, b in enumerate(distinct) if n >> i & 1} for n in range(1 << len(distinct))]
+    else:
+        chosen = [set(), set(distinct), *({b} for b in distinct), *(set(distinct) - {b} for b in distinct)]
+    return {(frozenset(i for i, bits in enumerate(unit.behind) if bits in on), None) for on in chosen}
+
+
+def _state(unit: Unit, forward: int, backward: int | None) -> tuple[frozenset[int], frozenset[int] | None]:
+    mask = frozenset(i for i, bits in enumerate(unit.behind) if bits & forward)
+    return mask, None if backward is None else frozenset(i for i, bits in enumerate(unit.behind) if bits & backward)
+
+
+def _shares(op: RanOp) -> tuple[float, float]:
+    """How much of an op's time is for data, and for weights: by FLOPs, or by elements if it has none."""
+    sides = [side for side in op.sides if side is not None]
+    if not sides or Side.WEIGHT not in sides:
+        return 1.0, 0.0
+    if all(side is Side.WEIGHT for side in sides):
+        return 0.0, 1.0
+    counts: Sequence[float] | None = backward_flops(op)
+    if counts is None or not any(counts):
+        counts = [0 if meta is None else meta.numel for meta in op.outputs]
+    weights = sum(c for c, side in zip(counts, op.sides, strict=True) if side is Side.WEIGHT)
+    share = weights / (sum(counts) or 1)
+    return 1.0 - share, share
+
+
+def _meta(tensor: torch.Tensor) -> TensorMeta:
+    device = "cpu" if tensor.device.type == "meta" else str(tensor.device)
+    return TensorMeta(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, device)

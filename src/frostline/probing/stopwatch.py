@@ -1,0 +1,292 @@
+"""One op, run alone on real tensors: how long it takes, and what its kernel takes for itself.
+
+Tensors are made up with the shapes, strides and dtypes of the trace. Inputs are rotated through more memory than the
+caches hold, as a step's are by the time an op comes to them; the results of the last calls are kept, so that a result
+lies in memory that was in use before, but not just now.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import profile
+
+from frostline.tracing.calls import TensorMeta
+from frostline.tracing.stand_ins import stand_in
+
+_ROTATED_BYTES = 48 << 20  # more than a last-level cache holds
+_MOST_SETS = 16
+_SHORT = 2e-4  # seconds; calls shorter than this are timed several at a time
+
+
+@dataclass(frozen=True)
+class Work:
+    """An op call to be timed. Tensors in ``args`` and ``kwargs`` are `TensorMeta`."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def metas(self) -> list[TensorMeta]:
+        return list(_metas((self.args, self.kwargs)))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(meta.nbytes for meta in self.metas)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one op call takes.
+
+    Attributes:
+        seconds: the median of ``num_samples`` calls; ``spread``: half the distance of their quartiles.
+        scratch_bytes: the most that the kernel held at a time, its results apart.
+        failure: why it could not be run; '' if it was.
+    """
+
+    seconds: float
+    spread: float
+    scratch_bytes: int
+    num_samples: int = 1
+    failure: str = ""
+
+
+def failed(why: str) -> Timing:
+    """Of a call that could not be run."""
+    return Timing(0.0, 0.0, 0, 0, why)
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+
+
+class Stopwatch:
+    """Times ops on one device.
+
+    Args:
+        clock: seconds; injected by tests.
+        enough: seconds of calls to collect for one op; ``most``: calls.
+    """
+
+    def __init__(
+        self, device: torch.device, clock: Callable[[], float] = time.perf_counter, enough: float = 0.06, most: int = 25
+    ) -> None:
+        self.device = device
+        self.clock = clock
+        self.enough = enough
+        self.most = most
+        self._on_accelerator = device.type not in ("cpu", "meta")
+
+    def time(self, work: Work) -> Timing:
+        """Run ``work`` until its time is known. What it raises becomes the timing's ``failure``."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                call = _rotating(work)
+                call()
+                scratch = self._scratch(call)
+                samples = self._samples(call)
+            except Exception as error:  # made-up values that a kernel refuses; no memory
+                return failed(reason(error))
+        return _summary(samples, scratch)
+
+    def _samples(self, call: Callable[[], Any]) -> list[float]:
+        once = self._timed(call, 1)
+        at_a_time = max(1, min(50, int(_SHORT / max(once, 1e-7))))
+        samples: list[float] = []
+        spent = 0.0
+        while len(samples) < self.most and (len(samples) < 3 or spent < self.enough):
+            seconds = self._timed(call, at_a_time)
+            samples.append(seconds / at_a_time)
+            spent += seconds
+        return samples
+
+    def _timed(self, call: Callable[[], Any], times: int) -> float:
+        if self._on_accelerator:
+            return _timed_by_events(call, times, self.device)
+        start = self.clock()
+        for _ in range(times):
+            call()
+        return self.clock() - start
+
+    def _scratch(self, call: Callable[[], Any]) -> int:
+        """Bytes the kernel held at most, beyond what it returned."""
+        return self.with_scratch(call)[1]
+
+    def with_scratch(self, call: Callable[[], Any]) -> tuple[Any, int]:
+        """What ``call`` returns, and the bytes it held at most beyond that."""
+        if self._on_accelerator:
+            torch.cuda.synchronize(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            result = call()
+            torch.cuda.synchronize(self.device)
+            held = torch.cuda.memory_allocated(self.device) - before
+            return result, max(0, torch.cuda.max_memory_allocated(self.device) - before - max(held, 0))
+        with _quiet_profiler(), profile(profile_memory=True, use_kineto=False) as watched:
+            result = call()
+        found = watched.kineto_results
+        events = [] if found is None else [e for e in found.events() if e.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        level = top = 0
+        for event in events:
+            level += event.nbytes()
+            top = max(top, level)
+        return result, max(0, top - max(level, 0))
+
+    def time_replays(self, replay: Callable[[Runner], Any]) -> list[Timing]:
+        """Timings of the ops that a replay runs, in order.
+
+        Args:
+            replay: runs its ops through the runner it is given; called several times. The first gives the scratch.
+        """
+        scratches: list[int] = []
+
+        def sizing(op: Any, args: Any, kwargs: Any) -> Any:
+            result, scratch = self.with_scratch(lambda: op(*args, **kwargs))
+            scratches.append(scratch)
+            return result
+
+        replay(sizing)
+        samples: list[list[float]] = [[] for _ in scratches]
+        spent = 0.0
+        rounds = 0
+        while rounds < self.most and (rounds < 3 or spent < self.enough):
+            seconds: list[float] = []
+
+            def timing(op: Any, args: Any, kwargs: Any, seconds: list[float] = seconds) -> Any:
+                results: list[Any] = []
+                seconds.append(self._timed(lambda: results.append(op(*args, **kwargs)), 1))
+                return results[0]
+
+            replay(timing)
+            for sample, value in zip(samples, seconds, strict=True):
+                sample.append(value)
+            spent += sum(seconds)
+            rounds += 1
+        return [_summary(sample, scratch) for sample, scratch in zip(samples, scratches, strict=True)]
+
+
+Runner = Callable[[Any, Any, Any], Any]
+
+
+def _summary(samples: list[float], scratch: int) -> Timing:
+    quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+    return Timing(quartiles[1], (quartiles[2] - quartiles[0]) / 2, scratch, len(samples))
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Torch's profiler writes two lines to stderr whenever it is used, unless told not to before its first use."""
+    before = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("KINETO_LOG_LEVEL", None)
+
+
+def _timed_by_events(call: Callable[[], Any], times: int, device: torch.device) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(times):
+        call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(begin.elapsed_time(end)) / 1000
+
+
+def _rotating(work: Work) -> Callable[[], Any]:
+    """A call of ``work`` that takes the next set of inputs each time."""
+    made = _Inputs(work)
+    sets = max(1, min(_MOST_SETS, _ROTATED_BYTES // max(work.nbytes, 1)))
+    rotated = deque((made.of(work.args), made.of(work.kwargs)) for _ in range(sets))
+    op = work.op
+
+    def call() -> Any:
+        args, kwargs = rotated[0]
+        rotated.rotate(-1)
+        return op(*args, **kwargs)
+
+    return call
+
+
+class _Inputs:
+    """Tensors for one op call: random numbers out of memory that is there already, and indices that are in range.
+
+    Memory of its own goes to what an op writes to, and to what does not fit.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.bound = _index_bound(work)
+        self.writes = work.op._schema.is_mutable
+        self._next = 0
+
+    def of(self, value: Any) -> Any:
+        """``value`` with a tensor for every `TensorMeta`."""
+        if isinstance(value, TensorMeta):
+            return self._tensor(value)
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.of(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self.of(item) for key, item in value.items()}
+        return value
+
+    def _tensor(self, meta: TensorMeta) -> Tensor:
+        floats = meta.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        if meta.layout is torch.strided and not meta.lazy and floats and not self.writes and meta.numel:
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(meta.shape, meta.stride, strict=True))
+            arena = _arena(meta.dtype, meta.device)
+            if 2 * extent <= len(arena):
+                if self._next + extent > len(arena):
+                    self._next = 0
+                begin = self._next
+                self._next += -(-extent // 64) * 64
+                return arena.as_strided(meta.shape, meta.stride, begin)
+        tensor = stand_in(meta, real=True)
+        if tensor.layout is torch.strided and tensor.numel() and not meta.lazy:
+            every = torch.empty(0, dtype=meta.dtype, device=meta.device).set_(tensor.untyped_storage())
+            if meta.dtype.is_floating_point:
+                every.fill_(0.5)
+            elif not meta.dtype.is_complex and meta.dtype is not torch.bool:
+                every.random_(0, self.bound)
+        return tensor
+
+
+@functools.lru_cache(maxsize=2)
+def _arena(dtype: torch.dtype, device: str) -> Tensor:
+    """Random numbers between -1 and 1, more than the caches hold. Kept: fresh memory costs more than most ops."""
+    drawn = torch.empty(1 << 18, device=device).uniform_(-1, 1).to(dtype)
+    return drawn.repeat(2 * _ROTATED_BYTES // (len(drawn) * dtype.itemsize))
+
+
+def _index_bound(work: Work) -> int:
+    """The smallest size among the call's tensors and numbers: an index below it is in range wherever it points."""
+    sizes = [size for meta in work.metas for size in meta.shape if size > 1]
+    sizes += [value for value in work.args if type(value) is int and value > 1]
+    return min(sizes, default=1)
+
+
+def _metas(value: Any) -> Any:
+    if isinstance(value, TensorMeta):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _metas(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _metas(item)

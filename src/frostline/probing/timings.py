@@ -1,0 +1,172 @@
+"""Timings remembered: two op calls that look alike are timed once, and kept between runs.
+
+Kept per device, version of torch, machine, number of threads, and this code. The machine's speed drifts, so a reference
+kernel is timed between the ops, and each timing is kept beside what the reference took just then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frostline.probing.disk import Disk, digest, folder
+from frostline.probing.stopwatch import Runner, Stopwatch, Timing, Work, failed, reason
+
+_BETWEEN = 0.5  # seconds between two looks at the reference
+_LOOKS = 3  # as many calls of the reference make a look
+
+
+def key_of(work: Work) -> str:
+    """A name for an op call that is the same in every process."""
+    return hashlib.sha256(repr((str(work.op), work.args, work.kwargs)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    timing: Timing
+    reference: float  # seconds of the reference kernel at that time
+
+
+class Reference:
+    """How fast the machine is just now: the seconds of one kernel that computes and one that moves memory."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device = device
+        self.clock = clock
+        self.looks: list[float] = []
+        self._last = -1e9
+        self._matrix = torch.ones(384, 384, device=device)
+        self._vector = torch.ones(1 << 20, device=device)
+        self._into = torch.empty(1 << 20, device=device)
+
+    def look(self, *, always: bool = False) -> float:
+        """Seconds of the reference, looked at again if the last look was a while ago."""
+        if not self.looks or always or self.clock() - self._last > _BETWEEN:
+            self.looks.append(statistics.median(self._once() for _ in range(_LOOKS)))
+            self._last = self.clock()
+        return self.looks[-1]
+
+    def typical(self) -> float:
+        """The median of the looks since this object was made."""
+        return statistics.median(self.looks)
+
+    def _once(self) -> float:
+        self._wait()
+        start = self.clock()
+        torch.mm(self._matrix, self._matrix)
+        torch.add(self._vector, 1.0, out=self._into)
+        self._wait()
+        return self.clock() - start
+
+    def _wait(self) -> None:
+        if self.device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(self.device)
+
+
+class Timings:
+    """Timings of op calls on one device. Asked for one it does not know, it takes the time."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device = device
+        self.stopwatch = Stopwatch(device, clock)
+        self.reference = Reference(device, clock)
+        self.num_timed = 0
+        self._known: dict[str, _Kept] = {}
+        self._disk = _disk(device)
+
+    def known(self, work: Work) -> bool:
+        """Whether a timing of it is at hand."""
+        return self._recall(key_of(work)) is not None
+
+    def get(self, work: Work) -> Timing:
+        """The timing of ``work``, as on the machine as fast as it is now."""
+        key = key_of(work)
+        kept = self._recall(key)
+        if kept is None:
+            kept = self._take(key, work)
+        factor = self.reference.typical() / kept.reference
+        timing = kept.timing
+        return replace(timing, seconds=timing.seconds * factor, spread=timing.spread * factor)
+
+    def take_replays(self, works: Sequence[Work], replay: Callable[[Runner], Any]) -> None:
+        """Take the time of ops that only run one after the other, as a replay does: those of ``works``, in order."""
+        before = self.reference.look()
+        try:
+            found = self.stopwatch.time_replays(replay)
+            if len(found) != len(works):
+                found = [failed("on real tensors other ops run")] * len(works)
+        except Exception as error:  # user code, or made-up values that a kernel refuses; no memory
+            found = [failed(reason(error))] * len(works)
+        after = (before + self.reference.look()) / 2
+        for work, timing in zip(works, found, strict=True):
+            self._keep(key_of(work), work, timing, after)
+
+    def _take(self, key: str, work: Work) -> _Kept:
+        before = self.reference.look()
+        timing = self.stopwatch.time(work)
+        return self._keep(key, work, timing, (before + self.reference.look()) / 2)
+
+    def _keep(self, key: str, work: Work, timing: Timing, reference: float) -> _Kept:
+        kept = self._known[key] = _Kept(timing, reference)
+        self.num_timed += 1
+        if self._disk is not None and work.op.namespace == "aten" and not timing.failure:
+            self._disk.put(key, kept)
+        return kept
+
+    def _recall(self, key: str) -> _Kept | None:
+        kept = self._known.get(key)
+        if kept is None and self._disk is not None:
+            kept = self._disk.get(key)
+            if kept is not None:
+                self._known[key] = kept
+        if kept is not None and not self.reference.looks:
+            self.reference.look()
+        return kept
+
+    def others(self) -> list[str]:
+        """What else there are timings for, that are not these: of another torch, or number of threads."""
+        where = folder()
+        if where is None:
+            return []
+        own = "" if self._disk is None else self._disk.path.name
+        names = sorted(path.name for path in where.glob("timings-*.sqlite") if path.name != own)
+        return [_said(name) for name in names]
+
+
+def _dump(kept: _Kept) -> str:
+    return json.dumps([asdict(kept.timing), kept.reference])
+
+
+def _load(text: str) -> _Kept:
+    timing, reference = json.loads(text)
+    kept = _Kept(Timing(**timing), float(reference))
+    if not kept.timing.seconds > 0 or not kept.reference > 0:
+        raise ValueError(f"no time: {text}")
+    return kept
+
+
+def _disk(device: torch.device) -> Disk | None:
+    where = folder()
+    return None if where is None else Disk(Path(where) / _name(device), _dump, _load)
+
+
+def _name(device: torch.device) -> str:
+    torch_version = torch.__version__.replace("-", "_")
+    threads = torch.get_num_threads()
+    return f"timings-{device.type}-{threads}-{torch_version}-{digest('probing')}.sqlite"
+
+
+def _said(name: str) -> str:
+    parts = name.removesuffix(".sqlite").split("-")
+    if len(parts) != 5:
+        return name
+    _, device, threads, version, _ = parts
+    return f"{device}, {threads} threads, torch {version}"

@@ -1,0 +1,69 @@
+"""The truth about peak memory: the events of torch's own allocator, read off the profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from tests.cases import Case
+from tests.truth.reference import Method, Unreachable, _set_flags
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True)
+class Peak:
+    """``standing``: bytes there before the step; ``events``: what the allocator gave and took, in order."""
+
+    standing: int
+    events: tuple[int, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        level = top = 0
+        for nbytes in self.events:
+            level += nbytes
+            top = max(top, level)
+        return self.standing + top
+
+
+def measure_peak(case: Case, train: Collection[str], method: Method) -> Peak:
+    """Run three steps of a fresh copy of ``case``, the last of them watched.
+
+    Raises:
+        Unreachable: nothing of the subset gets a gradient.
+    """
+    copy = case.fresh()
+    model = copy.model
+    trained = _set_flags(model, train, method)
+    optimizer = torch.optim.AdamW(trained, lr=1e-9)
+
+    def step() -> None:
+        loss = copy.run()
+        if not loss.requires_grad:
+            raise Unreachable(f"the loss requires no grad with {sorted(train)} by {method}")
+        loss.backward(inputs=trained if method == "backward-inputs" else None)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    standing = _bytes(
+        [
+            *model.parameters(),
+            *model.buffers(),
+            *(p.grad for p in model.parameters() if p.grad is not None),
+            *(t for state in optimizer.state.values() for t in state.values()),
+            *torch.utils._pytree.tree_leaves(copy.inputs),
+        ]
+    )
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        step()
+    found = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    found.sort(key=lambda event: event.start_ns())
+    return Peak(standing, tuple(event.nbytes() for event in found))
+
+
+def _bytes(values: list[object]) -> int:
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in values if isinstance(t, torch.Tensor)}
+    return sum(storages.values())

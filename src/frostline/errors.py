@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["FrostlineError", "OptimizerError", "SubsetError", "TargetError", "TraceError", "UncountedOpError"]
+__all__ = [
+    "FitError",
+    "FrostlineError",
+    "OptimizerError",
+    "SubsetError",
+    "TargetError",
+    "TraceError",
+    "UncountedOpError",
+]
 
 
 class FrostlineError(Exception):
@@ -23,6 +31,10 @@ class OptimizerError(FrostlineError):
 
 class TargetError(FrostlineError):
     """The command line's TARGET could not be loaded, or does not give a model."""
+
+
+class FitError(FrostlineError):
+    """Nothing fits into the memory, or it cannot be told which dimension of the inputs is the batch."""
 
 
 class UncountedOpError(FrostlineError):

@@ -12,8 +12,8 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 from frostline.cli import main  # noqa: E402
-from frostline.cli.targets import load  # noqa: E402
 from frostline.errors import TargetError  # noqa: E402
+from frostline.targets import load  # noqa: E402
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 

@@ -155,6 +155,41 @@ def test_every_extra_is_data_too(frost: Any) -> None:
     assert len(data["marginals"][0]["adding"]) == 2
 
 
+def test_time_predicts_seconds_and_shows_what_is_in_memory_at_the_peak(frost: Any) -> None:
+    asked = ("cost", f"{FILE}:mlp", "--train", "2", "--time")
+    code, out, err = frost(*asked)
+    assert code == 0, err
+    head = next(line for line in out.splitlines() if line.split()[:1] == ["trains"])
+    assert head.split().count("time") == 1
+    assert "at the peak" in out
+    assert "timed alone on cpu, 1 thread" in out
+    data = json.loads(frost(*asked, "--json")[1])
+    jsonschema.Draft202012Validator(schema()).validate(data)
+    (row,) = data["rows"]
+    assert row["step_seconds"] == pytest.approx(sum(row["seconds"]["by_part"].values()))
+    assert row["seconds"]["low"] <= row["step_seconds"] <= row["seconds"]["high"]
+    assert row["full"]["step_seconds"] is not None
+    assert row["basis"]["step_seconds"] == "predicted"
+
+
+def test_the_peak_is_there_without_timing_anything(frost: Any, rows_of: Any) -> None:
+    row = rows_of(f"{FILE}:mlp", "--train", "2")["2"]
+    assert row["peak_bytes"] == sum(row["peak"]["by_kind"].values())
+    assert (row["step_seconds"], row["seconds"], row["basis"]["peak_bytes"]) == (None, None, "predicted")
+    assert "at the peak" not in frost("cost", f"{FILE}:mlp", "--train", "2")[1]
+    assert "at the peak" in frost("cost", f"{FILE}:mlp", "--train", "2", "--at-peak")[1]
+
+
+def test_a_plot_is_written(frost: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    code, _, err = frost("cost", f"{FILE}:mlp", "--train", "2", "--plot", str(tmp_path / "memory.svg"))
+    assert code == 0, err
+    assert (tmp_path / "memory.svg").exists()
+    code, _, err = frost("cost", f"{FILE}:mlp", "--sweep", "last", "--plot", str(tmp_path / "sweep.png"))
+    assert code == 0, err
+    assert (tmp_path / "sweep.png").exists()
+
+
 def test_by_module_keeps_the_depth_asked_for(frost: Any) -> None:
     code, out, _ = frost("cost", f"{FILE}:mlp", "--train", "2", "--by", "module", "--depth", "1")
     assert code == 0
@@ -194,6 +229,7 @@ def test_importing_frostline_imports_no_reporting_library() -> None:
 # -- what bad input gets ---------------------------------------------------------------------------------------------
 
 BAD = {
+    "a plot of another kind": (["{f}:mlp", "--plot", "memory.gif"], [".png or .svg, not 'memory.gif'"]),
     "a pattern that matches nothing": (["{f}:mlp", "--train", "2.wieght"], ["2.wieght", "2.weight"]),
     "a built-in that does not exist": (["{f}:mlp", "--train", "@tail"], ["@tail"]),
     "a subset that the loss does not reach": (["{f}:cut", "--train", "early"], ["does not reach", "early"]),

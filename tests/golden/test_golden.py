@@ -24,6 +24,9 @@ REPORTS = {
     "by_module": (100, ["cost", "{m}:encoder", "--train", "@last:2", "--by", "module"]),
     "by_op": (80, ["cost", "{m}:encoder", "--train", "@norms", "--by", "op"]),
     "by_parameter": (80, ["cost", "{m}:encoder", "--train", "@last:1", "--by", "parameter"]),
+    "at_peak": (80, ["cost", "{m}:encoder", "--train", "@head", "--train", "@last:2", "--at-peak"]),
+    "fit": (100, ["fit", "{m}:encoder", "--train", "@last:2", "--memory", "64MiB"]),
+    "fit_80": (80, ["fit", "{m}:mlp", "--memory", "1MiB", "--batch-dim", "input=0"]),
     "slice": (100, ["cost", "{m}:encoder", "--train", "embed.weight[900:]"]),
 }
 

@@ -40,7 +40,7 @@ class Attention(nn.Module):
 def test_a_cost_prints_as_one_honest_line() -> None:
     assert str(trace_of().cost("2")) == (
         "trainable 20 % of parameters | 55 % of a full step's FLOPs | 67 % of its saved bytes | "
-        "20 % of its gradients and optimizer state | exact"
+        "20 % of its gradients and optimizer state | exact | 41 % of its peak memory | predicted"
     )
 
 
@@ -62,7 +62,9 @@ def test_a_table_holds_what_the_shares_are_of() -> None:
 
 def test_shares_in_the_table_are_those_of_the_figures() -> None:
     cost = trace_of().cost("2")
-    line = next(line for line in str(trace_of().compare({"head": "2"})).splitlines() if re.match(r"head +\d", line))
+    text = comparison_text(trace_of().compare({"head": "2"}), 120)
+    line = next(line for line in text.splitlines() if re.match(r"head +\d", line))
+    assert f"{100 * cost.peak_bytes / cost.full.peak_bytes:.1f}" in line
     assert f"{100 * cost.step_flops / cost.full.step_flops:.1f}" in line
     assert f"{100 * cost.saved_bytes / cost.full.saved_bytes:.1f}" in line
 

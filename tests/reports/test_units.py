@@ -6,11 +6,11 @@ import doctest
 
 import pytest
 
-from frostline.reports import header, names, sweep, table, units
+from frostline.reports import header, names, peaks, sweep, table, units
 from frostline.reports.units import bytes_text, flops_text, flops_unit, percent
 
 
-@pytest.mark.parametrize("module", [header, names, sweep, table, units], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [header, names, peaks, sweep, table, units], ids=lambda module: module.__name__)
 def test_the_examples_in_docstrings_hold(module: object) -> None:
     assert doctest.testmod(module).failed == 0  # type: ignore[arg-type]
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
@@ -232,6 +233,25 @@ class Network(nn.Module):
         return self.run(self, *inputs)
 
 
+@contextlib.contextmanager
+def bounded(depth: int = 12) -> Iterator[None]:
+    """Refuse a backward that runs another, that runs another: a reentrant checkpoint may come upon itself for ever."""
+    run, nested = torch.autograd._engine_run_backward, 0
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        nonlocal nested
+        if nested >= depth:
+            raise RuntimeError("backward inside backward without end")
+        nested += 1
+        try:
+            return run(*args, **kwargs)
+        finally:
+            nested -= 1
+
+    with mock.patch.object(torch.autograd, "_engine_run_backward", count):
+        yield
+
+
 def _usable(tensor: Tensor) -> bool:
     """Whether autograd still answers for a tensor: not for some views after a write to their base."""
     try:
@@ -343,7 +363,8 @@ class Writer:
         if not _usable(tensor) or not tensor.requires_grad or tensor.grad_fn is None:
             return True
         try:
-            torch.autograd.backward(tensor.sum(), retain_graph=True)
+            with bounded():
+                torch.autograd.backward(tensor.sum(), retain_graph=True)
         except RuntimeError:
             return False
         finally:
@@ -849,8 +870,6 @@ def checkpointed(w: Writer, draft: Draft) -> None:
     title = f"f{w.made}"
     arguments = [f"a{w.made}{letter}" for letter in "xy"[: len(given)]]
     kind = ("use_reentrant=False", "use_reentrant=True", "use_reentrant=False, early_stop=False")[d // 2 % 3]
-    if sum("use_reentrant=True" in line for line in w.lines) >= MOST_REENTRANT:
-        kind = "use_reentrant=False"
     protected = set(w.protected)
     w.protected |= {w.tensor(name).untyped_storage()._cdata for name in names}
     for argument, name in zip(arguments, given, strict=True):
@@ -877,7 +896,6 @@ def checkpointed(w: Writer, draft: Draft) -> None:
         w.lines = lines
 
 
-MOST_REENTRANT = 4  # each may run backward through the graph around it, and so run those before it once more
 DRAFTED = [*OPS, *(["linear", "matmul", "product", "view", "elementwise", "binary"] * 2), *CHANGES]
 
 
@@ -918,7 +936,8 @@ def _finish(w: Writer, terms: Sequence[int]) -> Program:
 
 def _trains(program: Program) -> bool:
     try:
-        program.case().run().backward()
+        with bounded():
+            program.case().run().backward()
     except RuntimeError:
         return False
     return True

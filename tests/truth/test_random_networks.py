@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from tests.cases import Case
 from tests.truth.comparing import differences, trace_case
-from tests.truth.random_networks import BLOCKS, DRAFTED, INPUTS, Draft, Example, Program, examples, write
+from tests.truth.random_networks import BLOCKS, DRAFTED, INPUTS, Draft, Example, Program, bounded, examples, write
 from tests.truth.reference import METHODS, Method
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,7 +46,7 @@ def _fails(case: Case, train: list[str], method: Method, mode: contextlib.Abstra
         parameter.requires_grad_(method != "freeze" or name in train)
     inputs = [copy.model.get_parameter(name) for name in train] if method == "backward-inputs" else None
     try:
-        with mode:
+        with mode, bounded():
             loss = copy.run()
             if loss.requires_grad:
                 loss.backward(inputs=inputs)

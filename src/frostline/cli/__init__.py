@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from frostline.cli.cost import EXAMPLES, cost
+from frostline.cli import cost, fit, measure
 from frostline.errors import FrostlineError
 
 app = typer.Typer(
@@ -20,7 +20,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(epilog=EXAMPLES)(cost)
+app.command(epilog=cost.EXAMPLES)(cost.cost)
+app.command(epilog=measure.EXAMPLES)(measure.measure)
+app.command(epilog=fit.EXAMPLES)(fit.fit)
 
 
 def _print_version(asked: bool) -> None:

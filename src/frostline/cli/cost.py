@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from frostline.cli.terminal import progress, report_width, saying
 from frostline.errors import FrostlineError, TraceError
 
 if TYPE_CHECKING:
     from frostline.cli.rows import Asked
-    from frostline.cli.targets import Target
     from frostline.costing.cost import Cost
-    from frostline.reports.text import Line
+    from frostline.reports.lines import Line
     from frostline.tracing.trace import Trace
 
 EXAMPLES = """\b
@@ -26,6 +24,7 @@ Examples:
   frostline cost train.py:build --train @head --train "last two=@last:2" --method freeze --method optimizer-only
   frostline cost meta-llama/config.json --input 1x2048 --train @last:4
   frostline cost full.py:model lora.py:model --train "adapters=*lora*" --train @last:4
+  frostline cost train.py:build --train @head --train @all --time --plot memory.svg
   frostline cost train.py:build --sweep last
   frostline cost train.py:build --train @norms --marginal --by module --json
 """
@@ -70,6 +69,20 @@ def cost(
         typer.Option(metavar="M", help="freeze (default), optimizer-only or backward-inputs. Repeat to compare."),
     ] = None,
     optimizer: Annotated[str, typer.Option(help="Any class of torch.optim, in any case.")] = "adamw",
+    time: Annotated[
+        bool,
+        typer.Option("--time", help="Time the ops that the rows need, one at a time, and predict a step's seconds."),
+    ] = False,
+    at_peak: Annotated[
+        bool, typer.Option("--at-peak", help="What is in memory at each row's fullest moment; --time shows it too.")
+    ] = False,
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.png|.svg",
+            help="Draw memory over the step, a plot a row; with --sweep: time and memory against the last blocks.",
+        ),
+    ] = None,
     sweep: Annotated[Sweep | None, typer.Option(help="The curve of how many last blocks train.")] = None,
     marginal: Annotated[
         bool, typer.Option("--marginal", help="What each parameter more would add, and each one less would save.")
@@ -95,11 +108,13 @@ def cost(
 
     Each --train is a row, and shares are of training everything.
     """
+    from frostline.cli.loading import check_loss, traced
     from frostline.cli.rows import asked_rows
-    from frostline.cli.targets import load
+    from frostline.targets import load
 
-    if loss not in (None, "sum"):
-        raise FrostlineError(f'--loss {loss!r} is not known; there is "sum". Or let the TARGET return its loss.')
+    check_loss(loss)
+    if plot is not None:
+        _check_plot(plot, sweep, targets)
     asked = asked_rows(train or (), freeze or (), len(targets))
     methods = tuple(dict.fromkeys(method or ("freeze",)))
     rows: list[tuple[str, Cost]] = []
@@ -107,17 +122,22 @@ def cost(
     notes: list[str] = []
     names = _distinct([t.rpartition(":")[2] if ":" in t else t for t in targets])
     for spec, name in zip(targets, names, strict=True):
-        with _saying(f"tracing {spec}"):
+        with saying(f"tracing {spec}"):
             target = load(spec, inputs or (), model_class, loss)
-            trace = _trace(spec, target, device, eval_mode)
+            trace = traced(spec, target, device, eval_mode)
         traces.append(trace)
-        with _saying(f"costing {spec}"):
+        with saying(f"costing {spec}"):
             prefix = name if len(targets) > 1 else ""
             own, said = _costs(trace, asked, methods, optimizer, prefix, bool(train))
         rows += own
         notes += said
-    report = _Report(list(targets), rows, notes, traces, optimizer)
-    extra = _Extra(sweep is not None, marginal, by, depth, bool(train or freeze))
+    extra = _Extra(at_peak or time, marginal, by, depth, bool(train or freeze))
+    sweeps = [(trace, _swept(trace, optimizer)) for trace in traces] if sweep is not None else []
+    if time:
+        _time(traces, [*(c for _, c in rows), *(c for _, points in sweeps for _, c in points)], optimizer)
+    report = _Report(list(targets), rows, notes, traces, sweeps)
+    if plot is not None:
+        report.plot(plot)
     if as_json:
         print(json.dumps(report.data(extra), indent=2))
     else:
@@ -126,24 +146,6 @@ def cost(
 
 def _distinct(names: list[str]) -> list[str]:
     return [f"{name}#{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-
-
-def _trace(spec: str, target: Target, device: str | None, eval_mode: bool) -> Trace:
-    import frostline
-    from frostline.cli.targets import is_config
-
-    target.model.train(not eval_mode)
-    try:
-        return frostline.trace(target.model, target.inputs, target.loss, device)
-    except TraceError as error:
-        if "loss=" in str(error):
-            heads = (
-                "--model-class AutoModelFor..., "
-                if is_config(spec)
-                else "let the TARGET return (model, inputs, loss), "
-            )
-            error.add_note(f"on the command line: {heads}or --loss sum")
-        raise
 
 
 def _costs(
@@ -170,11 +172,36 @@ def _costs(
     return rows, [f"{prefix}: {note}" if prefix else note for note in notes]
 
 
+def _check_plot(plot: str, sweep: Sweep | None, targets: list[str]) -> None:
+    """Say what is wrong with a plot before anything is traced."""
+    from frostline.reports.plots import check_plot
+
+    check_plot(plot)
+    if sweep is not None and len(targets) > 1:
+        raise FrostlineError("--plot draws the sweep of one TARGET")
+
+
+def _swept(trace: Trace, optimizer: str) -> list[tuple[int, Cost]]:
+    from frostline.costing.comparison import sweep_last
+
+    with saying("sweeping the last blocks"):
+        return sweep_last(trace, "freeze", optimizer)
+
+
+def _time(traces: list[Trace], costs: list[Cost], optimizer: str) -> None:
+    """Time what these costs need, and what their shares are shares of."""
+    with progress("timing ops") as advance:
+        for trace in traces:
+            own = [cost for cost in costs if cost.trace is trace]
+            if own:
+                trace.calibrate([*own, own[0].full], optimizer, advance)
+
+
 class _Extra:
     """Which parts beside the table were asked for."""
 
-    def __init__(self, sweep: bool, marginal: bool, by: Breakdown | None, depth: int | None, insisted: bool) -> None:
-        self.sweep = sweep
+    def __init__(self, at_peak: bool, marginal: bool, by: Breakdown | None, depth: int | None, insisted: bool) -> None:
+        self.at_peak = at_peak
         self.marginal = marginal
         self.by = by
         self.depth = depth
@@ -189,7 +216,12 @@ class _Report:
     """Everything one command found, as lines or as data."""
 
     def __init__(
-        self, targets: list[str], rows: list[tuple[str, Cost]], notes: list[str], traces: list[Trace], optimizer: str
+        self,
+        targets: list[str],
+        rows: list[tuple[str, Cost]],
+        notes: list[str],
+        traces: list[Trace],
+        sweeps: list[tuple[Trace, list[tuple[int, Cost]]]],
     ) -> None:
         from frostline.costing.comparison import Comparison
 
@@ -197,7 +229,7 @@ class _Report:
         self.rows = rows
         self.notes = notes
         self.traces = traces
-        self.optimizer = optimizer
+        self.sweeps = sweeps
         self.comparison = Comparison(tuple(rows))
 
     def show(self, extra: _Extra) -> None:
@@ -206,19 +238,18 @@ class _Report:
         from frostline.reports.text import show
 
         console = Console(highlight=False)
-        width = min(console.width, 120) if console.is_terminal else min(_columns(), 120)
-        show(self.lines(extra, width), console)
+        show(self.lines(extra, report_width(console)), console)
 
     def lines(self, extra: _Extra, width: int) -> Iterator[Line]:
+        from frostline.reports.lines import bullet
         from frostline.reports.sweep import sweep_lines
-        from frostline.reports.text import breakdown_lines, bullet, comparison_lines, marginal_lines
+        from frostline.reports.text import breakdown_lines, comparison_lines, marginal_lines
 
-        yield from comparison_lines(self.comparison, width)
+        yield from comparison_lines(self.comparison, width, at_peak=extra.at_peak)
         for note in self.notes:
             yield from bullet(note, width, "dim")
-        if extra.sweep:
-            for trace, points in self._sweeps():
-                yield from sweep_lines(trace, points, width)
+        for trace, points in self.sweeps:
+            yield from sweep_lines(trace, points, width)
         for label, cost in extra.rows(self.rows):
             if extra.by is not None:
                 yield from breakdown_lines(_broken_down(cost, extra), cost, extra.by.value, label, width)
@@ -234,14 +265,14 @@ class _Report:
         found = self.comparison.to_dict()
         found |= {"kind": "report", "targets": self.targets}
         found["findings"] += [asdict(Finding("note", note)) for note in self.notes]
-        if extra.sweep:
+        if self.sweeps:
             found["sweep"] = [
                 {
                     "model": self.traces.index(trace),
                     "num_blocks": max(k for k, _ in points),
                     "points": [{"last": k, "cost": cost_figures(cost)} for k, cost in points],
                 }
-                for trace, points in self._sweeps()
+                for trace, points in self.sweeps
             ]
         rows = extra.rows(self.rows)
         if extra.by is not None:
@@ -251,13 +282,13 @@ class _Report:
             found["marginals"] = [marginal_to_dict(_marginal(cost)) for _, cost in rows]
         return found
 
-    def _sweeps(self) -> Iterator[tuple[Trace, list[tuple[int, Cost]]]]:
-        from frostline.costing.comparison import sweep_last
+    def plot(self, path: str) -> None:
+        from frostline.reports.plots import plot_memory, plot_sweep
 
-        for trace in self.traces:
-            with _saying("sweeping the last blocks"):
-                points = sweep_last(trace, "freeze", self.optimizer)
-            yield trace, points
+        if self.sweeps:
+            plot_sweep(self.sweeps[0][1], path)
+        else:
+            plot_memory(self.rows, path)
 
 
 def _broken_down(cost: Cost, extra: _Extra) -> list[Any]:
@@ -278,41 +309,5 @@ def _depth_of_blocks(cost: Cost) -> int:
 def _marginal(cost: Cost) -> Any:
     from frostline.costing.marginal import marginal
 
-    with _progress("costing one parameter more, one less") as advance:
+    with progress("costing one parameter more, one less") as advance:
         return marginal(cost.trace, cost.subset, cost.method, cost._optimizer, advance)
-
-
-def _columns() -> int:
-    """The width of a report that goes to a file or a pipe: $COLUMNS, or 100."""
-    import os
-
-    asked = os.environ.get("COLUMNS", "")
-    return int(asked) if asked.isdigit() and int(asked) > 0 else 100
-
-
-@contextmanager
-def _saying(what: str) -> Iterator[None]:
-    """Say on a terminal's stderr what takes so long."""
-    from rich.console import Console
-
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(what):
-        yield
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        yield advance

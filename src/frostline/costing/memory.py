@@ -37,6 +37,7 @@ class _Script:
     scratch: int  # of them, what a kernel takes for itself at that moment
     gives: tuple[tuple[int, int, int | None, int, int, bool], ...]  # where each gradient lands, then of `Gradient`
     holds: tuple[int, ...]  # storages
+    inside: tuple[tuple[int, int], ...]  # where what the forward runs depends on the flags: (op, bytes besides)
 
 
 class _Gradient:
@@ -113,13 +114,13 @@ class Simulation:
     def _script(self, unit: Unit, live: Sequence[bool], wanted: Sequence[bool] | None) -> _Script | None:
         ledger = self.ledger
         mask = frozenset(i for i, flag in enumerate(live) if flag)
-        if not mask or not unit.held:
+        if not (mask and unit.held) and not unit.call.varies:
             return None
         needed = None if wanted is None else frozenset(i for i, flag in enumerate(wanted) if flag)
         found = ledger.probe(unit, mask, needed)
         entry = ledger.unit_entry(unit, live, wanted)
         holds = tuple(n for n in numbers_in(entry.held) if n >= len(self._born) or self._born[n] < self.end)
-        peak, inside = max(((op.alive + (s := self.scratch(op)), s) for op in found.backward), default=(0, 0))
+        peak, inside = self._fullest(unit, found.backward)
         landings = ledger.graph.landings
         gives = []
         for gradient in found.gradients:
@@ -130,8 +131,40 @@ class Simulation:
             gives.append(
                 (owner, number, gradient.given, gradient.storage, self.rounded(gradient.nbytes), gradient.fits)
             )
-        runs = needed is None or bool(needed)
-        return _Script(unit, unit.call.index, runs, peak, inside, tuple(gives), holds)
+        runs = bool(mask) and unit.held and (needed is None or bool(needed))
+        own = self._own(unit, found.forward, holds)
+        return _Script(unit, unit.call.index, runs, peak, inside, tuple(gives), holds, own)
+
+    def _fullest(self, unit: Unit, ran: Sequence[RanOp]) -> tuple[int, int]:
+        """The most that a backward makes at a time, and what of it a kernel takes for itself.
+
+        A call of several nodes lets its outputs' gradients go as soon as the first has run.
+        """
+        given = [slot for position, slot in enumerate(unit.outputs) if position in unit.receives]
+        over = 0 if unit.call.kind == "op" else sum(self.rounded(slot.meta.nbytes) for slot in given)
+        top = (0, 0)
+        for op in ran:
+            scratch = self.scratch(op)
+            let_go = 0 if op.node == ran[0].node else over
+            top = max(top, (op.alive + scratch - let_go, scratch))
+        return top
+
+    def _own(self, unit: Unit, ran: Sequence[RanOp], holds: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """What the ops that a call runs under these flags have in memory beyond what the tape shows: (op, bytes)."""
+        if not ran:
+            return ()
+        orders = [op.order for op in unit.ops]
+        lives, known, last = self.lives, len(self._born), orders[-1]
+        made = {slot.storage for op in unit.ops for slot in op.outputs if lives.born[slot.storage] >= orders[0]}
+        found = []
+        for position, op in enumerate(ran):
+            order = orders[position * len(orders) // len(ran)]
+            counted = {n for n in made if lives.born[n] <= order < lives.died[n]}
+            counted.update(n for n in holds if (lives.born[n] <= order if n in made else n >= known and order >= last))
+            more = op.alive + self.scratch(op) - sum(self.rounded(self.ledger.storage_bytes[n]) for n in counted)
+            if more > 0:
+                found.append((order, more))
+        return tuple(found)
 
     def _scripts_of(self, forward_flags: int, backward_flags: int | None) -> list[_Script]:
         """What each call's backward does, in the order of the forward."""
@@ -235,7 +268,7 @@ class Simulation:
         scripts = self._scripts_of(forward_flags, backward_flags)
         self._refresh()
         curve, numbers = self._forward(held)
-        full = curve + self._op_scratch
+        full = curve + self._inner(scripts)
         at = int(full.argmax())
         saved_in_all = int(self._size_array[numbers].sum())
         top, best = int(full[at]), None
@@ -250,7 +283,7 @@ class Simulation:
                 "optimizer", "step", "", gradients=gradients, scratch=standing.optimizer_scratch, **rest
             )
         if best is None:
-            return self._forward_moment(at, curve, numbers, standing)
+            return self._forward_moment(at, curve, numbers, int(full[at] - curve[at]), standing)
         return self._backward_moment(best, standing)
 
     def timeline(
@@ -261,8 +294,9 @@ class Simulation:
         scripts = self._scripts_of(forward_flags, backward_flags)
         self._refresh()
         curve, numbers = self._forward(held)
+        inner = self._inner(scripts)
         for order in range(self.end):
-            yield self._forward_moment(order, curve, numbers, standing)
+            yield self._forward_moment(order, curve, numbers, int(inner[order]), standing)
         last: Any = None
         for last in self._backward(scripts, int(curve[-1]), int(self._size_array[numbers].sum()), standing):
             yield self._backward_moment(last, standing)
@@ -270,12 +304,21 @@ class Simulation:
         rest = {"saved": saved, "transients": level - saved - gradients}
         yield standing.moment("optimizer", "step", "", gradients=gradients, scratch=standing.optimizer_scratch, **rest)
 
-    def _forward_moment(self, order: int, curve: Any, numbers: Any, standing: Standing) -> Moment:
+    def _inner(self, scripts: list[_Script]) -> Any:
+        """Bytes at each op of the forward that calls make for themselves and let go again."""
+        inner = self._op_scratch
+        own = [more for script in scripts for more in script.inside]
+        if own:
+            inner = inner.copy()
+            for order, nbytes in own:
+                inner[order] = max(inner[order], nbytes)
+        return inner
+
+    def _forward_moment(self, order: int, curve: Any, numbers: Any, scratch: int, standing: Standing) -> Moment:
         op = self._ops.get(order)
         saved = self._saved_at(numbers, order)
         name, module = ("loss", "") if op is None else (op.name, op.module)
         transients = int(curve[order]) - saved
-        scratch = int(self._op_scratch[order])
         return standing.moment("forward", name, module, saved=saved, transients=transients, scratch=scratch)
 
     def _backward_moment(self, found: Any, standing: Standing) -> Moment:

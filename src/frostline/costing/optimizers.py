@@ -15,7 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frostline.errors import OptimizerError
 from frostline.probing.attribution import RanOp, Recording
+from frostline.probing.stopwatch import Stopwatch, Timing
+from frostline.probing.timings import Timings
 from frostline.tracing.calls import TensorMeta, describe
+from frostline.tracing.stand_ins import stand_in
 
 
 def known() -> dict[str, type[torch.optim.Optimizer]]:
@@ -99,6 +102,29 @@ class OptimizerModel:
             self._adds_up = max(op.alive for op in self._ask_step([meta, meta])) >= 2 * one
         return sum(peaks) if self._adds_up else max(peaks, default=0)
 
+    def step_timing(self, parameter: Tensor, timings: Timings) -> Timing:
+        """How long a step takes for one parameter: really run, on several of its shape one after the other.
+
+        A large one is timed by part of its rows, and taken to take longer by its size.
+        """
+        whole = _on_a_device(describe(parameter))
+        meta = _part(whole)
+        plain = isinstance(self._make, type) and self._make.__module__.startswith("torch.")
+        key = f"step of {self.name} {meta!r}" if plain else f"step of {id(self._make)} {meta!r}"
+        found = timings.get_other(key, lambda stopwatch: self._time_step(meta, stopwatch), lasting=plain)
+        factor = whole.numel / max(meta.numel, 1)
+        return replace(found, seconds=found.seconds * factor, spread=found.spread * factor)
+
+    def _time_step(self, meta: TensorMeta, stopwatch: Stopwatch) -> Timing:
+        count = max(1, min(_AT_A_TIME, _STEPPED_BYTES // max(meta.nbytes, 1)))
+        parameters = [nn.Parameter(stand_in(meta, real=True)) for _ in range(count)]
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter.data, 1e-3)
+        with torch.enable_grad():
+            optimizer = self._make(parameters)
+            optimizer.step()
+            return stopwatch.time_call(optimizer.step, count)
+
     def _ask_step(self, metas: Sequence[TensorMeta]) -> tuple[RanOp, ...]:
         recording = Recording()
         with FakeTensorMode(), recording, warnings.catch_warnings():
@@ -139,6 +165,19 @@ class OptimizerModel:
                 ) from error
             tensors = [t for state in optimizer.state.values() for t in _tensors(state)]
             return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+_AT_A_TIME = 8  # parameters in one timed step
+_STEPPED_BYTES = 16 << 20  # ... and their bytes; with gradients and state more than the caches hold
+_LARGE = 64 << 20  # bytes; from 32 MiB on every temporary is fresh memory, which takes its own time
+
+
+def _part(meta: TensorMeta) -> TensorMeta:
+    """As many rows as are not too large; the whole, if it is not."""
+    if meta.nbytes <= _LARGE or not meta.shape or meta.shape[0] < 2:
+        return meta
+    rows = max(1, meta.shape[0] * _LARGE // meta.nbytes)
+    return replace(meta, shape=(rows, *meta.shape[1:]))
 
 
 def _on_a_device(meta: TensorMeta) -> TensorMeta:

@@ -23,14 +23,14 @@ class Overhead:
 
     forward: float
     backward: float
-    optimizer: float
+    optimizer: float = 0.0  # of a step, beside what it takes for each parameter
 
-    def of_step(self, forward_ops: int, backward_ops: int, optimizer_ops: int) -> float:
+    def of_step(self, forward_ops: int, backward_ops: int) -> float:
         """Seconds of a step that runs so many."""
-        return self.forward * forward_ops + self.backward * backward_ops + self.optimizer * optimizer_ops
+        return self.optimizer + self.forward * forward_ops + self.backward * backward_ops
 
 
-NONE = Overhead(0.0, 0.0, 0.0)
+NONE = Overhead(0.0, 0.0)
 
 
 class Layer(nn.Module):
@@ -58,20 +58,23 @@ def tiny_input(device: torch.device) -> torch.Tensor:
 
 
 def measured_phases(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float, float]:
-    """The median seconds of forward, backward and SGD's step of the tiny network."""
+    """The median seconds of forward and backward of the tiny network, and of an optimizer's step for one number."""
     model, x = tiny(device), tiny_input(device)
-    optimizer = torch.optim.AdamW(model.parameters())
+    number = nn.Parameter(torch.zeros(1, device=device))
+    optimizer = torch.optim.AdamW([number])
     seen: list[tuple[float, float, float]] = []
     with torch.enable_grad():
         for _ in range(_STEPS):
+            number.grad = torch.zeros_like(number.data)
             times = [clock()]
             loss = model(x).sum()
             times.append(clock())
             loss.backward()
             times.append(clock())
             optimizer.step()
-            times.append(clock())
             optimizer.zero_grad()
+            times.append(clock())
+            model.zero_grad()
             seen.append((times[1] - times[0], times[2] - times[1], times[3] - times[2]))
     forward, backward, optimizing = (statistics.median(column) for column in zip(*seen, strict=True))
     return forward, backward, optimizing

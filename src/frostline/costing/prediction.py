@@ -79,9 +79,10 @@ def _standing(cost: Cost) -> Standing:
     parameters = trace.parameter_list
     owned = {trace.parameter_numbers[name] for name in cost.subset.names}
     sizes = trace.gradient_bytes
-    kept = {n: rounded(sizes[n]) for n in numbers_in(cost._sums.trained) if n not in owned}
+    got = list(numbers_in(cost._sums.trained))
+    kept = {n: rounded(sizes[n]) for n in got if n not in owned}
     try:
-        scratch = optimizer_model(cost._optimizer).scratch_bytes([parameters[n] for n in sorted(owned)])
+        scratch = optimizer_model(cost._optimizer).scratch_bytes([parameters[n] for n in got if n in owned])
     except OptimizerError:  # its step cannot be asked: what it keeps is known all the same
         scratch = 0
     weights = _bytes_of((*parameters, *trace.model.buffers()), rounded)

@@ -73,6 +73,8 @@ class Rerun:
         for op in step.backward:
             saved = min(op.alive, held)
             yield standing.moment("backward", str(op.op), "", saved=saved, transients=op.alive - saved)
+        made = sum(standing.gradient_bytes[number] for number in step.trained if number not in standing.kept)
+        yield standing.moment("optimizer", "step", "", gradients=made, scratch=standing.optimizer_scratch)
 
     def unit_entry(self, unit: Unit, live: Iterable[bool], wanted: Iterable[bool] | None) -> Entry:
         """What a unit would cost under other flags is not known: nothing of it is any one parameter's own."""

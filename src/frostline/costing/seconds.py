@@ -70,7 +70,7 @@ def work_of(op: Call | RanOp) -> Work:
     if isinstance(op, RanOp):
         return Work(op.op, op.args, op.kwargs)
     metas = [slot.meta for slot in op.inputs]
-    return Work(op.target, fill(op.args, metas), fill(op.kwargs, metas))
+    return Work(op.target, fill(op.args, metas), fill(op.kwargs, metas), op.grad_enabled)
 
 
 class Tally:
@@ -105,6 +105,7 @@ class Clockwork:
         self._groups: dict[Any, Tally] = {}
         self._base: Tally | None = None
         self._joins: dict[int, float] | None = None
+        self._steps: dict[Any, float] = {}
 
     def timing(self, op: Call | RanOp) -> Timing:
         """The timing of an op call; what fails is noted in ``unknown``."""
@@ -136,13 +137,9 @@ class Clockwork:
         """
         total = self.tally(forward_flags, backward_flags)
         joins = self._meeting(forward_flags if backward_flags is None else backward_flags)
-        optimizing, num_optimizer_ops = 0.0, 0
-        for parameter in trained:
-            for op in optimizer.step_ops(parameter):
-                optimizing += self.timing(op).seconds
-                num_optimizer_ops += 1
+        optimizing = sum(self._stepping(optimizer, parameter) for parameter in trained)
         adding = sum(self._addition(_meta(parameter)) for parameter in kept)
-        overhead = self.overhead.of_step(total.forward_ops, total.backward_ops, num_optimizer_ops)
+        overhead = self.overhead.of_step(total.forward_ops, total.backward_ops)
         parts = (total.forward, total.grad_input + joins, total.grad_weight + adding, total.recompute, optimizing)
         uncertainty = total.spread + MODEL_ERROR * (sum(parts) + overhead)
         return StepSeconds(*parts, overhead, uncertainty, dict(self.unknown))
@@ -206,14 +203,14 @@ class Clockwork:
         for op in ops:
             timing = self.timing(op)
             tally.forward += timing.seconds
-            tally.spread += timing.spread / timing.num_samples**0.5
+            tally.spread += timing.uncertainty
             tally.forward_ops += 1
         return tally
 
     def _backward(self, tally: Tally, ops: Iterable[RanOp]) -> None:
         for op in ops:
             timing = self.timing(op)
-            tally.spread += timing.spread / timing.num_samples**0.5
+            tally.spread += timing.uncertainty
             tally.backward_ops += 1
             if op.recomputed:
                 tally.recompute += timing.seconds
@@ -248,6 +245,20 @@ class Clockwork:
             if seconds:
                 found[behind[place]] = found.get(behind[place], 0.0) + seconds
         return found
+
+    def prepare_step(self, optimizer: OptimizerModel, parameter: torch.Tensor) -> None:
+        """Take the time of the optimizer's step for one parameter."""
+        self._stepping(optimizer, parameter)
+
+    def _stepping(self, optimizer: OptimizerModel, parameter: torch.Tensor) -> float:
+        key = (optimizer, parameter.shape, parameter.dtype)
+        seconds = self._steps.get(key)
+        if seconds is None:
+            found = optimizer.step_timing(parameter, self.timings)
+            if found.failure:
+                self.unknown[f"{optimizer.name}.step"] = found.failure
+            seconds = self._steps[key] = found.seconds
+        return seconds
 
     def _addition(self, meta: TensorMeta) -> float:
         if meta.layout is not torch.strided:

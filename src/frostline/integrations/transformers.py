@@ -1,4 +1,4 @@
-"""Hugging Face ``config.json`` -> a model without weights, and inputs of its kind."""
+"""Hugging Face ``config.json`` -> a model, without weights unless asked for, and inputs of its kind."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from frostline.errors import TargetError
 TOKENS = (1, 128)
 
 
-def model_from_config(path: str | Path, model_class: str | None = None) -> nn.Module:
-    """Build the model of a ``config.json`` (or of the folder that holds one) on ``meta``: no weights, no memory.
+def model_from_config(path: str | Path, model_class: str | None = None, device: str = "meta") -> nn.Module:
+    """Build the model of a ``config.json`` (or of the folder that holds one).
 
     Args:
         path: the file or its folder. Nothing is downloaded.
         model_class: a class of transformers, such as ``"AutoModelForCausalLM"``; by default the first of the config's
             ``architectures``, or ``AutoModel``, which has no head and no loss.
+        device: where. On ``meta`` there are no weights and no memory; elsewhere weights are as transformers draws them.
 
     Raises:
         TargetError: transformers is not installed, the file is no config, or the class is not in transformers.
@@ -49,7 +50,7 @@ def model_from_config(path: str | Path, model_class: str | None = None) -> nn.Mo
         where = "--model-class" if model_class else f"{file}: architectures"
         raise TargetError(f"{where}: transformers {transformers.__version__} has no class {name!r}")
     build = getattr(cls, "from_config", None) or getattr(cls, "_from_config", None) or cls
-    with torch.device("meta"):
+    with torch.device(device):
         try:
             model = build(config)
         except Exception as error:

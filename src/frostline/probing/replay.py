@@ -8,7 +8,7 @@ interpreter of the recorded ops, so recomputation and early stop are torch's, no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -74,8 +74,9 @@ def perform(call: Call, tensors: Sequence[Tensor], recording: Recording | None =
         return call.target(*fill(call.args, tensors), **fill(call.kwargs, tensors))
     if call.kind == "sequence":
         values = {slot.value: tensor for slot, tensor in zip(call.captured, tensors, strict=True)}
-        interpret(call.children, values, recording)
-        return tuple(values[slot.value] for slot in call.outputs)
+        wanted = [slot.value for slot in call.outputs]
+        interpret(call.children, values, recording, wanted)
+        return tuple(values[value] for value in wanted)
     with autocast(call.autocast):
         if call.kind == "torch":
             return call.target(*fill(call.args, tensors), **fill(call.kwargs, tensors))
@@ -98,7 +99,7 @@ def _perform_checkpoint(call: Call, tensors: Sequence[Tensor], recording: Record
         values.update(zip((slot.value for slot in region.inputs), given, strict=True))
         again = recording.recompute() if runs > 1 and recording is not None else nullcontext()
         with torch.autocast("cpu", enabled=False), again:
-            interpret(region.children, values, recording)
+            interpret(region.children, values, recording, wanted)
         return tuple(values[value] for value in wanted)
 
     if call.is_reentrant and not call.recompute:  # no gradient went in: it only ran, without grad
@@ -117,18 +118,49 @@ def _perform_checkpoint(call: Call, tensors: Sequence[Tensor], recording: Record
     )
 
 
-def interpret(calls: Sequence[Call], values: dict[int, Any], recording: Recording | None = None) -> None:
-    """Run recorded calls in order; ``values`` maps a trace's tensors to the ones to use, and receives the results."""
-    for call in calls:
+def interpret(
+    calls: Sequence[Call],
+    values: dict[int, Any],
+    recording: Recording | None = None,
+    wanted: Sequence[int] | None = None,
+) -> None:
+    """Run recorded calls in order.
+
+    Args:
+        values: maps a trace's tensors to the ones to use, and receives the results.
+        wanted: the results to be kept; others are let go after their last use, as the code that made them does. None:
+            all of them.
+    """
+    last: dict[int, int] = {}
+    if wanted is not None:
+        for index, call in enumerate(calls):
+            last.update(dict.fromkeys(_mentioned(call), index))
+        for value in wanted:
+            last.pop(value, None)
+    over: dict[int, list[int]] = {}
+    for value, index in last.items():
+        over.setdefault(index, []).append(value)
+    for index, call in enumerate(calls):
         if call.kind == "torch" and not call.opaque:
             interpret(call.children, values, recording)
-            continue
-        slots = (*call.inputs, *call.captured)
-        tensors = [values[s.value] if s.value in values else stand_in(s.meta) for s in slots]  # (torch.tensor(...))
-        with torch.set_grad_enabled(call.grad_enabled and torch.is_grad_enabled()):
-            result = perform(call, tensors, recording)
-        for slot, tensor in zip(call.outputs, tensors_in(result), strict=True):
-            values[slot.value] = tensor
+        else:
+            slots = (*call.inputs, *call.captured)
+            tensors = [values[s.value] if s.value in values else stand_in(s.meta) for s in slots]  # (torch.tensor(...))
+            with torch.set_grad_enabled(call.grad_enabled and torch.is_grad_enabled()):
+                result = perform(call, tensors, recording)
+            for slot, tensor in zip(call.outputs, tensors_in(result), strict=True):
+                values[slot.value] = tensor
+            del tensors, result
+        for value in over.get(index, ()):
+            values.pop(value, None)
+
+
+def _mentioned(call: Call) -> Iterator[int]:
+    """The tensors that a call takes, makes, or has inside."""
+    for slot in (*call.inputs, *call.captured, *call.outputs):
+        yield slot.value
+    for child in call.children:
+        yield from _mentioned(child)
 
 
 class Stage:

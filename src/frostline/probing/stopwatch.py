@@ -1,8 +1,7 @@
 """One op, run alone on real tensors: how long it takes, and what its kernel takes for itself.
 
 Tensors are made up with the shapes, strides and dtypes of the trace. Inputs are rotated through more memory than the
-caches hold, as a step's are by the time an op comes to them; the results of the last calls are kept, so that a result
-lies in memory that was in use before, but not just now.
+caches hold, as a step's are by the time an op comes to them.
 """
 
 from __future__ import annotations
@@ -24,18 +23,24 @@ from torch.autograd.profiler import profile
 from frostline.tracing.calls import TensorMeta
 from frostline.tracing.stand_ins import stand_in
 
-_ROTATED_BYTES = 48 << 20  # more than a last-level cache holds
+ROTATED_BYTES = 48 << 20  # more than a last-level cache holds
 _MOST_SETS = 16
+_ENOUGH = 0.06  # seconds of calls to collect for one op
+MOST_SAMPLES = 25
 _SHORT = 2e-4  # seconds; calls shorter than this are timed several at a time
 
 
 @dataclass(frozen=True)
 class Work:
-    """An op call to be timed. Tensors in ``args`` and ``kwargs`` are `TensorMeta`."""
+    """An op call to be timed. Tensors in ``args`` and ``kwargs`` are `TensorMeta`.
+
+    ``grad_enabled``: as it runs in the step. No tensor here needs a gradient, but a kernel may ask whether any could.
+    """
 
     op: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    grad_enabled: bool = False
 
     @property
     def metas(self) -> list[TensorMeta]:
@@ -62,6 +67,11 @@ class Timing:
     num_samples: int = 1
     failure: str = ""
 
+    @property
+    def uncertainty(self) -> float:
+        """Of the median, in seconds."""
+        return float(self.spread / max(self.num_samples, 1) ** 0.5)
+
 
 def failed(why: str) -> Timing:
     """Of a call that could not be run."""
@@ -78,21 +88,16 @@ class Stopwatch:
 
     Args:
         clock: seconds; injected by tests.
-        enough: seconds of calls to collect for one op; ``most``: calls.
     """
 
-    def __init__(
-        self, device: torch.device, clock: Callable[[], float] = time.perf_counter, enough: float = 0.06, most: int = 25
-    ) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self.device = device
         self.clock = clock
-        self.enough = enough
-        self.most = most
         self._on_accelerator = device.type not in ("cpu", "meta")
 
     def time(self, work: Work) -> Timing:
         """Run ``work`` until its time is known. What it raises becomes the timing's ``failure``."""
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.set_grad_enabled(work.grad_enabled), torch.random.fork_rng(devices=[]):
             try:
                 call = _rotating(work)
                 call()
@@ -102,12 +107,17 @@ class Stopwatch:
                 return failed(reason(error))
         return _summary(samples, scratch)
 
+    def time_call(self, call: Callable[[], Any], parts: int) -> Timing:
+        """Time a call that does the same ``parts`` times: of one of them."""
+        samples = [sample / parts for sample in self._samples(call)]
+        return _summary(samples, 0)
+
     def _samples(self, call: Callable[[], Any]) -> list[float]:
         once = self._timed(call, 1)
         at_a_time = max(1, min(50, int(_SHORT / max(once, 1e-7))))
         samples: list[float] = []
         spent = 0.0
-        while len(samples) < self.most and (len(samples) < 3 or spent < self.enough):
+        while len(samples) < MOST_SAMPLES and (len(samples) < 3 or spent < _ENOUGH):
             seconds = self._timed(call, at_a_time)
             samples.append(seconds / at_a_time)
             spent += seconds
@@ -163,7 +173,7 @@ class Stopwatch:
         samples: list[list[float]] = [[] for _ in scratches]
         spent = 0.0
         rounds = 0
-        while rounds < self.most and (rounds < 3 or spent < self.enough):
+        while rounds < MOST_SAMPLES and (rounds < 3 or spent < _ENOUGH):
             seconds: list[float] = []
 
             def timing(op: Any, args: Any, kwargs: Any, seconds: list[float] = seconds) -> Any:
@@ -213,7 +223,7 @@ def _timed_by_events(call: Callable[[], Any], times: int, device: torch.device) 
 def _rotating(work: Work) -> Callable[[], Any]:
     """A call of ``work`` that takes the next set of inputs each time."""
     made = _Inputs(work)
-    sets = max(1, min(_MOST_SETS, _ROTATED_BYTES // max(work.nbytes, 1)))
+    sets = max(1, min(_MOST_SETS, ROTATED_BYTES // max(work.nbytes, 1)))
     rotated = deque((made.of(work.args), made.of(work.kwargs)) for _ in range(sets))
     op = work.op
 
@@ -271,7 +281,7 @@ class _Inputs:
 def _arena(dtype: torch.dtype, device: str) -> Tensor:
     """Random numbers between -1 and 1, more than the caches hold. Kept: fresh memory costs more than most ops."""
     drawn = torch.empty(1 << 18, device=device).uniform_(-1, 1).to(dtype)
-    return drawn.repeat(2 * _ROTATED_BYTES // (len(drawn) * dtype.itemsize))
+    return drawn.repeat(2 * ROTATED_BYTES // (len(drawn) * dtype.itemsize))
 
 
 def _index_bound(work: Work) -> int:

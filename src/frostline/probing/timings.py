@@ -26,7 +26,7 @@ _LOOKS = 3  # as many calls of the reference make a look
 
 def key_of(work: Work) -> str:
     """A name for an op call that is the same in every process."""
-    return hashlib.sha256(repr((str(work.op), work.args, work.kwargs)).encode()).hexdigest()
+    return hashlib.sha256(repr((str(work.op), work.args, work.kwargs, work.grad_enabled)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,26 @@ class Timings:
         kept = self._recall(key)
         if kept is None:
             kept = self._take(key, work)
+        return self._now(kept)
+
+    def get_other(self, key: str, take: Callable[[Stopwatch], Timing], *, lasting: bool) -> Timing:
+        """The timing kept under ``key``, else what ``take`` finds.
+
+        Args:
+            lasting: the key says all there is to say, so that the next process may use the timing.
+        """
+        kept = self._recall(key)
+        if kept is None:
+            before = self.reference.look()
+            try:
+                timing = take(self.stopwatch)
+            except Exception as error:
+                timing = failed(reason(error))
+            kept = self._keep(key, timing, (before + self.reference.look()) / 2, lasting=lasting)
+        return self._now(kept)
+
+    def _now(self, kept: _Kept) -> Timing:
+        """A timing as on the machine as fast as it is now."""
         factor = self.reference.typical() / kept.reference
         timing = kept.timing
         return replace(timing, seconds=timing.seconds * factor, spread=timing.spread * factor)
@@ -107,17 +127,18 @@ class Timings:
             found = [failed(reason(error))] * len(works)
         after = (before + self.reference.look()) / 2
         for work, timing in zip(works, found, strict=True):
-            self._keep(key_of(work), work, timing, after)
+            self._keep(key_of(work), timing, after, lasting=work.op.namespace == "aten")
 
     def _take(self, key: str, work: Work) -> _Kept:
         before = self.reference.look()
         timing = self.stopwatch.time(work)
-        return self._keep(key, work, timing, (before + self.reference.look()) / 2)
+        lasting = work.op.namespace == "aten"
+        return self._keep(key, timing, (before + self.reference.look()) / 2, lasting=lasting)
 
-    def _keep(self, key: str, work: Work, timing: Timing, reference: float) -> _Kept:
+    def _keep(self, key: str, timing: Timing, reference: float, *, lasting: bool) -> _Kept:
         kept = self._known[key] = _Kept(timing, reference)
         self.num_timed += 1
-        if self._disk is not None and work.op.namespace == "aten" and not timing.failure:
+        if self._disk is not None and lasting and not timing.failure:
             self._disk.put(key, kept)
         return kept
 

@@ -14,9 +14,12 @@ from frostline.costing.cost import FIGURES, Cost
 from frostline.costing.marginal import Change, Marginal
 from frostline.reports.findings import findings, reach
 from frostline.reports.header import header
+from frostline.reports.peaks import moment_to_dict
 
 if TYPE_CHECKING:
     from frostline.tracing.trace import Trace
+
+_FIGURES = (*FIGURES, "peak_bytes", "step_seconds")
 
 VERSION = 1
 """Of the data's form: a key is added without notice, and changed or taken away only with a new number."""
@@ -83,15 +86,25 @@ def cost_figures(cost: Cost) -> dict[str, Any]:
         "optimizer": cost.optimizer,
         "num_parameters": cost.num_parameters,
         "num_trained": cost.num_trained,
-        **{figure: getattr(cost, figure) for figure in (*FIGURES, "peak_bytes", "step_seconds")},
+        **{figure: getattr(cost, figure) for figure in _FIGURES},
+        "peak": moment_to_dict(cost.peak),
+        "seconds": _seconds(cost),
         "basis": dict(cost.basis),
-        "full": {figure: getattr(full, figure) for figure in FIGURES},
+        "full": {figure: getattr(full, figure) for figure in _FIGURES},
         "backward_reaches": reach(cost),
         "uncounted": {op: list(modules) for op, modules in cost.uncounted.items()},
         "unreached": list(cost.unreached),
         "notes": list(cost.notes),
         "slice_needs": None if needs is None else asdict(needs),
     }
+
+
+def _seconds(cost: Cost) -> dict[str, Any] | None:
+    """A step's seconds by part, which add up to ``step_seconds``, and the interval around that."""
+    found = cost.seconds
+    if found is None:
+        return None
+    return {"by_part": found.by_part(), "low": found.low, "high": found.high, "unknown": dict(found.unknown)}
 
 
 def _change(change: Change) -> dict[str, Any]:

@@ -14,7 +14,11 @@ from frostline.reports.units import bytes_text, flops_text, ratio, share
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence or two. ``kind`` is for programs: floor, reach, early, waste, slice, unreached, uncounted, note."""
+    """One sentence or two.
+
+    ``kind`` is for programs: floor, reach, early, waste, slice, unreached, uncounted, time, note; of a measurement
+    answer, failed, noise, busy.
+    """
 
     kind: str
     text: str
@@ -35,7 +39,7 @@ def findings(rows: Sequence[tuple[str, Cost]]) -> list[Finding]:
         found += [*_floor(costs[0]), *_reach(rows), *_early(rows), *_waste(rows)]
     for label, cost in rows:
         found += [*_unreached(label, cost), *_slices(label, cost)]
-    found += [*_uncounted(costs), *_notes(costs)]
+    found += [*_uncounted(costs), *_times(costs), *_notes(costs)]
     return list(dict.fromkeys(found))
 
 
@@ -187,6 +191,21 @@ def _uncounted(costs: Sequence[Cost]) -> Iterator[Finding]:
             f"uncounted: {', '.join(ops)} (in {place}) {has} no FLOP formula, so {its} FLOPs are in no total; "
             f"fl.register_flops gives {it} one.",
         )
+
+
+def _times(costs: Sequence[Cost]) -> Iterator[Finding]:
+    """What the seconds hold for, and what is not in them."""
+    for trace in {id(cost.trace): cost.trace for cost in costs}.values():
+        calibration = trace.calibration
+        if calibration is None:
+            continue
+        threads = f", {calibration.num_threads} thread{'s' if calibration.num_threads > 1 else ''}"
+        where = f"{calibration.device}{threads if calibration.device == 'cpu' else ''}"
+        yield Finding("time", f"time: each distinct op was timed alone on {where}; no step was run.")
+        for op, why in calibration.failed.items():
+            yield Finding("time", f"untimed: {op} ({why}), so its seconds are in no figure.")
+        for note in calibration.notes:
+            yield Finding("time", f"note: {note}.")
 
 
 def _notes(costs: Sequence[Cost]) -> Iterator[Finding]:

@@ -10,8 +10,9 @@ from frostline.costing.cost import Cost
 from frostline.costing.marginal import Marginal
 from frostline.reports.findings import findings, reach, trained_words
 from frostline.reports.header import header
+from frostline.reports.lines import plain
 from frostline.reports.table import EVERYTHING, Table, cost_table
-from frostline.reports.text import cost_line, marginal_lines, plain, with_everything
+from frostline.reports.text import cost_line, marginal_lines, with_everything
 
 _CELL = "padding: 0.15em 0.8em; text-align: {}"
 _WIDE = 10_000

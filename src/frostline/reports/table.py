@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from frostline.costing.breakdown import Row
 from frostline.costing.cost import Cost
-from frostline.reports.units import Unit, bytes_unit, flops_unit, percent
+from frostline.reports.units import Unit, bytes_unit, flops_unit, percent, seconds_unit
 from frostline.reports.units import total as sum_of
 
 GAP = "  "
@@ -60,59 +60,74 @@ class Table:
         return GAP.join(c.pad(text) for c, text in zip(self.columns, cells, strict=True)).rstrip()
 
 
+# What a table leaves out, the least first: narrower ones add columns up, and say what was added.
+_LEFT_OUT: tuple[set[str], ...] = (
+    {"backward", "grads+opt"},
+    {"backward", "grads+opt", "±"},
+    {"backward", "grads+opt", "±", "forward"},
+    {"backward", "±", "forward", "gradients"},
+    {"backward", "±", "forward", "gradients", "of saved"},
+    {"±", "forward", "halves", "gradients"},
+    {"±", "forward", "halves", "gradients", "of saved"},
+    {"±", "forward", "halves", "gradients", "grads+opt", "of saved"},
+    {"±", "forward", "halves", "gradients", "grads+opt", "of saved", "backward"},
+    {"±", "forward", "halves", "gradients", "grads+opt", "of saved", "backward", "saved"},
+)
+
+
 def cost_table(labels: Sequence[str], costs: Sequence[Cost], width: int, label_title: str = "") -> Table:
-    """The widest table of these costs that fits: narrower ones add columns up, and say what was added."""
-    tables = [_costs(labels, costs, label_title, detail) for detail in (3, 2, 1, 0)]
+    """The widest table of these costs that fits. Seconds are in it where they are known (``trace.calibrate``)."""
+    columns = _columns(labels, costs, label_title)
+    if len({cost.forward_flops for cost in costs}) > 1:  # then a row's backward does not tell its step
+        columns = [("", column) if part == "forward" else (part, column) for part, column in columns]
+    tables = [Table(tuple(column for part, column in columns if part not in out)) for out in _LEFT_OUT]
     return next((table for table in tables if table.width <= width), tables[-1])
 
 
-def _costs(labels: Sequence[str], costs: Sequence[Cost], label_title: str, detail: int) -> Table:
+def _columns(labels: Sequence[str], costs: Sequence[Cost], label_title: str) -> list[tuple[str, Column]]:
+    """Every column, with the name of the part that a narrower table leaves out."""
     full = [cost.full for cost in costs]
-    num = [cost.num_trained for cost in costs]
     flops = flops_unit([c.step_flops for c in costs])
     kept = bytes_unit([max(c.saved_bytes, c.gradient_bytes + (c.optimizer_bytes or 0)) for c in costs])
-    columns = [Column(label_title, "", tuple(labels), "basis", left=True)]
+    columns = [("", Column(label_title, "", tuple(labels), "basis", left=True))]
     said = all(cost.method in label or label == EVERYTHING for label, cost in zip(labels, costs, strict=True))
     if len({cost.method for cost in costs}) > 1 and not said:
-        columns.append(Column("method", "", tuple(c.method for c in costs), "", left=True))
-    columns.append(
-        Column("trains", "%", tuple(percent(n, c.num_parameters, 2) for n, c in zip(num, costs, strict=True)))
-    )
+        columns.append(("", Column("method", "", tuple(c.method for c in costs), "", left=True)))
+    columns.append(("", Column("trains", "%", tuple(percent(c.num_trained, c.num_parameters, 2) for c in costs))))
 
-    def amounts(title: str, unit: Unit, figure: Callable[[Cost], int | None], *figures: str) -> None:
-        cells = tuple(unit(figure(cost)) for cost in costs)
-        columns.append(Column(title, unit.name, cells, basis_word(costs, *figures)))
+    def amounts(part: str, title: str, unit: Unit, values: Iterable[float | None], *figures: str) -> None:
+        columns.append((part, Column(title, unit.name, tuple(map(unit, values)), basis_word(costs, *figures))))
 
-    def shares(figure: Callable[[Cost], int]) -> None:
-        cells = tuple(percent(figure(c), figure(f)) for c, f in zip(costs, full, strict=True))
-        columns.append(Column("of all", "%", cells))
+    def shares(part: str, values: Iterable[float | None], whole: Iterable[float | None]) -> None:
+        pairs = zip(values, whole, strict=True)
+        cells = tuple("-" if value is None or of is None else percent(value, of) for value, of in pairs)
+        columns.append((part, Column("of all", "%", cells)))
 
-    differs = len({cost.forward_flops for cost in costs}) > 1
-    if detail == 3 or (differs and detail >= 1):
-        amounts("forward", flops, lambda c: c.forward_flops, "forward_flops")
-    if detail >= 2:
-        amounts("grad_input", flops, lambda c: c.grad_input_flops, "grad_input_flops")
-        amounts("grad_weight", flops, lambda c: c.grad_weight_flops, "grad_weight_flops")
-        if any(cost.recompute_flops for cost in costs):
-            amounts("recompute", flops, lambda c: c.recompute_flops, "recompute_flops")
-    else:
-        amounts("backward", flops, lambda c: c.backward_flops, "backward_flops")
-    amounts("step", flops, lambda c: c.step_flops, "step_flops")
-    shares(lambda c: c.step_flops)
-    amounts("saved", kept, lambda c: c.saved_bytes, "saved_bytes")
-    shares(lambda c: c.saved_bytes)
-    if detail >= 2:
-        amounts("gradients", kept, lambda c: c.gradient_bytes, "gradient_bytes")
-        amounts("optimizer", kept, lambda c: c.optimizer_bytes, "optimizer_bytes")
-    elif detail == 1:
-        amounts(
-            "grads+opt",
-            kept,
-            lambda c: sum_of(c.gradient_bytes, c.optimizer_bytes),
-            "gradient_bytes",
-            "optimizer_bytes",
-        )
-    return Table(tuple(columns))
+    amounts("forward", "forward", flops, [c.forward_flops for c in costs], "forward_flops")
+    amounts("halves", "grad_input", flops, [c.grad_input_flops for c in costs], "grad_input_flops")
+    amounts("halves", "grad_weight", flops, [c.grad_weight_flops for c in costs], "grad_weight_flops")
+    if any(cost.recompute_flops for cost in costs):
+        amounts("halves", "recompute", flops, [c.recompute_flops for c in costs], "recompute_flops")
+    amounts("backward", "backward", flops, [c.backward_flops for c in costs], "backward_flops")
+    amounts("", "step", flops, [c.step_flops for c in costs], "step_flops")
+    shares("", [c.step_flops for c in costs], [c.step_flops for c in full])
+    found = [cost.seconds for cost in costs]
+    seconds = [None if taken is None else taken.total for taken in found]
+    if any(value is not None for value in seconds):
+        unit = seconds_unit(seconds)
+        amounts("", "time", unit, seconds, "step_seconds")
+        amounts("±", "±", unit, [None if taken is None else taken.uncertainty for taken in found])
+        shares("", seconds, [c.step_seconds for c in full])
+    amounts("saved", "saved", kept, [c.saved_bytes for c in costs], "saved_bytes")
+    shares("of saved", [c.saved_bytes for c in costs], [c.saved_bytes for c in full])
+    amounts("gradients", "gradients", kept, [c.gradient_bytes for c in costs], "gradient_bytes")
+    amounts("gradients", "optimizer", kept, [c.optimizer_bytes for c in costs], "optimizer_bytes")
+    both = [sum_of(c.gradient_bytes, c.optimizer_bytes) for c in costs]
+    amounts("grads+opt", "grads+opt", kept, both, "gradient_bytes", "optimizer_bytes")
+    peaks = [cost.peak_bytes for cost in costs]
+    amounts("", "peak", bytes_unit(peaks), peaks, "peak_bytes")
+    shares("", peaks, [c.peak_bytes for c in full])
+    return columns
 
 
 def basis_word(costs: Sequence[Cost], *figures: str) -> str:

@@ -1,11 +1,10 @@
-"""Reports for a terminal: plain lines with a style each, so that width and colour are the caller's choice."""
+"""Reports for a terminal: one cost, several side by side, breakdowns, and what each parameter more or less does."""
 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from frostline.costing.breakdown import Row
@@ -14,25 +13,13 @@ from frostline.costing.cost import Cost
 from frostline.costing.marginal import Change, Marginal
 from frostline.reports.findings import early_words, findings, reach, trained_words
 from frostline.reports.header import header
+from frostline.reports.lines import WIDTH, Line, bullet, header_lines, plain, table_lines, wrapped
+from frostline.reports.peaks import peak_lines
 from frostline.reports.table import EVERYTHING, GAP, Column, Table, cost_table, row_table, shortened
 from frostline.reports.units import bytes_unit, flops_unit, percent, share, total
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-WIDTH = 100
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line; ``style`` is rich's."""
-
-    text: str
-    style: str = ""
-
-
-def plain(lines: Iterable[Line]) -> str:
-    return "\n".join(line.text for line in lines)
 
 
 def show(lines: Iterable[Line], console: Console) -> None:
@@ -57,10 +44,12 @@ def cost_line(cost: Cost) -> str:
         f"{share(cost.saved_bytes, full.saved_bytes)} of its saved bytes",
         f"{share(*kept)} of its gradients{' and optimizer state' if state else ''}",
     ]
-    if cost.step_seconds is not None and full.step_seconds:
-        parts.insert(2, f"{share(cost.step_seconds, full.step_seconds)} of its time")
     words = dict.fromkeys(cost.basis[f].partition(":")[0] for f in ("step_flops", "saved_bytes", "gradient_bytes"))
     parts.append(" and ".join(words) + (f", but for {len(cost.uncounted)} uncounted ops" if cost.uncounted else ""))
+    shares = [f"{share(cost.peak_bytes, full.peak_bytes)} of its peak memory"]
+    if cost.step_seconds is not None and full.step_seconds:
+        shares.insert(0, f"{share(cost.step_seconds, full.step_seconds)} of its time")
+    parts += [*shares, cost.basis["peak_bytes"].partition(":")[0]]
     return " | ".join(parts)
 
 
@@ -71,8 +60,13 @@ def comparison_text(comparison: Comparison, width: int = WIDTH) -> str:
     return plain(comparison_lines(comparison, width))
 
 
-def comparison_lines(comparison: Comparison, width: int = WIDTH, label_title: str = "") -> Iterator[Line]:
-    """Header, table, what trains in each row and how far backward reaches, then what was learnt."""
+def comparison_lines(
+    comparison: Comparison, width: int = WIDTH, label_title: str = "", *, at_peak: bool = False
+) -> Iterator[Line]:
+    """Header, table, what trains in each row and how far backward reaches, then what was learnt.
+
+    ``at_peak``: with what is in memory at each row's fullest moment.
+    """
     rows = with_everything(comparison.rows)
     costs = [cost for _, cost in rows]
     for trace in comparison.traces:
@@ -83,6 +77,8 @@ def comparison_lines(comparison: Comparison, width: int = WIDTH, label_title: st
     yield from table_lines(table)
     yield Line("")
     yield from _reach_lines(rows, width)
+    if at_peak:
+        yield from peak_lines("at the peak", [(label, cost.peak) for label, cost in rows], width)
     yield Line("")
     for finding in findings(comparison.rows):
         yield from bullet(finding.text, width, "yellow" if finding.kind in ("uncounted", "unreached") else "")
@@ -100,33 +96,13 @@ def with_everything(rows: Sequence[tuple[str, Cost]]) -> list[tuple[str, Cost]]:
 def _legend(optimizers: Iterable[str], costs: Sequence[Cost]) -> str:
     methods = dict.fromkeys(cost.method for cost in costs)
     by = f"by {next(iter(methods))}; " if len(methods) == 1 else ""
+    timed = all(cost.trace.calibration is not None for cost in costs)
+    scratch = "kernels' scratch memory included" if timed else "without kernels' scratch memory (--time measures it)"
     return (
         f"{by}{' and '.join(optimizers)} state; a multiply-add is 2 FLOPs; "
-        "saved: held by autograd when the loss returns."
+        "saved: held by autograd when the loss returns; peak: all that is allocated at the fullest moment, weights and "
+        f"inputs included, {scratch}."
     )
-
-
-def header_lines(lines: Iterable[str], width: int) -> Iterator[Line]:
-    for number, text in enumerate(lines):
-        for part in _wrapped(text, width, "  "):
-            yield Line(part, "bold" if number == 0 else "")
-
-
-def table_lines(table: Table, total: bool = False) -> Iterator[Line]:
-    title, unit = table.head()
-    yield Line(title, "bold")
-    if unit:
-        yield Line(unit, "dim")
-    body = table.body()
-    for number, text in enumerate(body):
-        yield Line(text, "bold" if total and number == len(body) - 1 else "")
-    for text in table.foot():
-        yield Line(text, "dim")
-
-
-def bullet(text: str, width: int, style: str = "") -> Iterator[Line]:
-    for part in _wrapped(f"- {text}", width, "  "):
-        yield Line(part, style)
 
 
 def _reach_lines(rows: Sequence[tuple[str, Cost]], width: int) -> Iterator[Line]:
@@ -144,21 +120,14 @@ def _reach_lines(rows: Sequence[tuple[str, Cost]], width: int) -> Iterator[Line]
         for label, (what, far) in zip(labels, told, strict=True):
             indent = " " * min(first + len(GAP), 16)
             text = f"{label.ljust(first)}{GAP}{what}; backward reaches {far}"
-            yield from (Line(part) for part in _wrapped(text, width, indent))
+            yield from (Line(part) for part in wrapped(text, width, indent))
         return
     room = max(room, len("trains"))
     yield Line(f"{'':{first}}{GAP}{'trains':{room}}{GAP}backward reaches", "bold")
     for label, (what, far) in zip(labels, told, strict=True):
-        for number, part in enumerate(_wrapped(what, room, "")):
+        for number, part in enumerate(wrapped(what, room, "")):
             label, far = (label, far) if number == 0 else ("", "")
             yield Line(f"{label:{first}}{GAP}{part:{room}}{GAP}{far}".rstrip())
-
-
-def _wrapped(text: str, width: int, indent: str) -> list[str]:
-    """Lines of at most ``width``; a number stays with its unit."""
-    kept = re.sub(r"(?<=\d) (?=(%|x|[KMGTP]?i?B|[kMGTPE]?FLOPs?)\b|%)", "\u00a0", text)
-    lines = textwrap.wrap(kept, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    return [line.replace("\u00a0", " ") for line in lines]
 
 
 # -- breakdowns -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Numbers as people read them: bytes in KiB, MiB, GiB; FLOPs in powers of 1000; shares in percent."""
+"""Numbers as people read them: bytes in KiB, MiB, GiB; FLOPs in powers of 1000; s, ms or us; shares in percent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_SECONDS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 _FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
 
 
@@ -19,14 +20,14 @@ class Unit:
     """
 
     name: str
-    size: int
+    size: float
     decimals: int
 
-    def __call__(self, value: int | None) -> str:
+    def __call__(self, value: float | None) -> str:
         """The number alone, without the unit; ``-`` for what is not known."""
         if value is None:
             return "-"
-        return _fixed(value / self.size, self.decimals if self.size > 1 else 0)
+        return _fixed(value / self.size, self.decimals if self.size != 1 or isinstance(value, float) else 0)
 
 
 def _fixed(value: float, decimals: int) -> str:
@@ -59,6 +60,27 @@ def flops_unit(values: Iterable[int]) -> Unit:
     return _unit(values, _FLOPS, 1000, 10_000)
 
 
+def seconds_unit(values: Iterable[float | None]) -> Unit:
+    """The largest unit in which the largest value is at least 1.
+
+    >>> unit = seconds_unit([0.1234, None, 0.0021])
+    >>> unit.name, unit(0.1234), unit(0.0021), unit(None)
+    ('ms', '123.4', '2.1', '-')
+    """
+    largest = max((abs(v) for v in values if v is not None), default=0.0)
+    name, size = next(((name, size) for name, size in _SECONDS if largest >= size), _SECONDS[-1])
+    return Unit(name, size, 1 if largest >= 100 * size else 2)
+
+
+def seconds_text(value: float) -> str:
+    """
+    >>> seconds_text(0.1234), seconds_text(3.0), seconds_text(2.1e-5)
+    ('123.4 ms', '3.00 s', '21.00 us')
+    """
+    unit = seconds_unit([value])
+    return f"{unit(value)} {unit.name}"
+
+
 def bytes_text(value: int) -> str:
     """
     >>> bytes_text(0), bytes_text(528), bytes_text(2704), bytes_text(1023 * 1024)
@@ -75,6 +97,22 @@ def flops_text(value: int) -> str:
     """
     unit = _unit([value], _FLOPS, 1000, 1000)
     return f"{unit(value)} {unit.name}"
+
+
+def difference(predicted: float | None, measured: float | None) -> str:
+    """How far a prediction is off, in percent of what was measured; ``-`` where one is not known.
+
+    >>> difference(103, 100), difference(1, 1), difference(99.999, 100), difference(None, 3), difference(97, 100)
+    ('+3.0', '0', '>-0.1', '-', '-3.0')
+    """
+    if predicted is None or measured is None or (not measured and predicted):
+        return "-"
+    if predicted == measured:
+        return "0"
+    text = f"{100 * (predicted - measured) / measured:+.1f}"
+    if float(text) == 0:
+        return "<+0.1" if predicted > measured else ">-0.1"
+    return text
 
 
 def percent(part: float, whole: float, decimals: int = 1) -> str:

@@ -48,7 +48,8 @@ def lifetimes(on: Recorder, off: Recorder, pairs: Iterable[tuple[Call, Call]]) -
         if born[number] < end:
             place = bisect_left(orders, off.died.get(theirs_number, off.num_ops + 1))
             lasts = theirs_number not in off.died
-            died[number] = end + 1 if lasts else moments[place][1] if place < len(moments) else end
+            # (It was let go after the last op that ran before, whichever views lie between.)
+            died[number] = end + 1 if lasts else max(born[number], moments[place - 1][1]) + 1 if place else end
     return Lifetimes(tuple(born), tuple(died))
 
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from frostline.errors import TraceError
 from frostline.tracing.calls import (
@@ -252,7 +252,7 @@ class Recorder:
             return None
         version, kept = self._known.get(value, (-1, None))
         if kept is None or version != tensor._version:
-            with unset_fake_temporarily():
+            with _disable_current_modes():  # (what is looked at is no part of the step)
                 kept = tensor.detach().clone()
             self._known[value] = (tensor._version, kept)
         return kept

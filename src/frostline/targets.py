@@ -33,7 +33,14 @@ class Target:
     loss: Any
 
 
-def load(spec: str, inputs: Sequence[str] = (), model_class: str | None = None, loss: str | None = None) -> Target:
+def load(
+    spec: str,
+    inputs: Sequence[str] = (),
+    model_class: str | None = None,
+    loss: str | None = None,
+    *,
+    weights: bool = False,
+) -> Target:
     """Load one TARGET.
 
     Args:
@@ -41,13 +48,14 @@ def load(spec: str, inputs: Sequence[str] = (), model_class: str | None = None, 
         inputs: what ``--input`` asked for; takes the place of what the target returns.
         model_class: for a config.
         loss: takes the place of the target's.
+        weights: build the model of a config with (random) weights, to be run; otherwise on ``meta``.
 
     Raises:
         TargetError: it is missing, or does not give a model. What its own code raises is passed on with a note.
     """
     if is_config(spec):
         name = Path(spec).parent.name if Path(spec).name == "config.json" else Path(spec).stem
-        model, given, given_loss = model_from_config(spec, model_class), None, None
+        model, given, given_loss = model_from_config(spec, model_class, "cpu" if weights else "meta"), None, None
     else:
         if model_class is not None:
             raise TargetError(f"--model-class is for a config.json, and {spec!r} is none")

@@ -1,0 +1,221 @@
+"""Predicted seconds and peak memory against real runs: ``python -m benchmarks.accuracy [MODEL ...] [--save]``.
+
+Every network of `benchmarks.models`, calibrated; then eight subsets drawn, each by every method; then all of them
+really run in a fresh process, turn by turn, the full step twice. Prints every case, the worst first, and a summary;
+``--save`` writes ``benchmarks/results/accuracy.md`` and ``.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import frostline as fl
+from benchmarks.costing import conditions
+from benchmarks.models import MODELS
+from frostline.costing.cost import METHODS
+from frostline.measuring.case import Case, Source
+from frostline.measuring.measured import Outcome
+from frostline.measuring.rounds import measure_cases
+from frostline.subsets import num_blocks
+
+RESULTS = Path(__file__).parent / "results"
+CNNS = ("efficientnet_lite0", "resnet50", "unet")
+DIFFERENT = 0.05  # of the seconds: pairs closer than this have no order
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subset of one network by one method. Seconds, and bytes."""
+
+    model: str
+    subset: str
+    method: str
+    predicted_seconds: float
+    measured_seconds: float
+    spread_seconds: float
+    noise: float  # of the network: how far two runs of the same lie apart, as a share
+    predicted_ratio: float
+    measured_ratio: float
+    predicted_peak: int
+    measured_peak: int
+    predicting_seconds: float
+
+    @property
+    def error(self) -> float:
+        """Of the seconds, as a share."""
+        return self.predicted_seconds / self.measured_seconds - 1
+
+    @property
+    def peak_error(self) -> float:
+        """Of the peak, as a share."""
+        return self.predicted_peak / self.measured_peak - 1
+
+
+def subsets(model: torch.nn.Module, seed: str) -> dict[str, list[str]]:
+    """Eight subsets: everything, a head, last blocks, biases, and random ones of every size."""
+    names = [name for name, p in model.named_parameters() if p.is_floating_point()]
+    rng = random.Random(seed)
+    found = {
+        "@all": names,
+        "last two tensors": names[-2:],
+        "last half": names[len(names) // 2 :],
+        "last quarter": names[-max(1, len(names) // 4) :],
+        "biases": [name for name in names if name.endswith("bias")] or names[::3],
+    }
+    for number, share in enumerate((0.03, 0.2, 0.6)):
+        found[f"random {number + 1}"] = sorted(rng.sample(names, max(1, int(share * len(names)))))
+    return found
+
+
+def rows_of(name: str, rounds: int, seed: str) -> Iterator[Row]:
+    """The rows of one network."""
+    model, inputs, loss = next(build for build in MODELS if build.__name__ == name)()
+    trace = fl.trace(model, inputs, loss)
+    start = time.perf_counter()
+    trace.calibrate()
+    print(f"{name}: calibrated in {time.perf_counter() - start:.1f} s, {num_blocks(model)} blocks", flush=True)
+    full = trace.cost("@all")
+    asked = [(label, names, method) for label, names in subsets(model, seed).items() for method in METHODS]
+    cases = [Case.of(tuple(names), method, "adamw") for _, names, method in asked]
+    again = Case.of(tuple(full.subset.names), "freeze", "adamw")
+    source = Source(f"{Path(__file__).parent / 'models.py'}:{name}", eval_mode=False)
+    assert full.step_seconds is not None
+    outcomes = measure_cases(
+        source, [again, *cases, again], rounds=rounds if full.step_seconds < 0.7 else max(2, rounds - 1), warm_up=2,
+        threads=torch.get_num_threads(), together=True, examine=True,
+    )  # fmt: skip
+    first, *measured, last = outcomes
+    ends = [_seconds(first), _seconds(last)]
+    whole = statistics.mean(ends)
+    noise = abs(ends[0] - ends[1]) / whole
+    for (label, names, method), outcome in zip(asked, measured, strict=True):
+        found = outcome.measured
+        if found is None:
+            print(f"{name} {label} {method}: {outcome.error}", flush=True)
+            continue
+        cost = trace.cost(names, method=method)
+        assert cost.step_seconds is not None
+        cost = trace.cost(names, method=method)
+        start = time.perf_counter()
+        seconds, peak = cost.step_seconds, cost.peak_bytes
+        took = time.perf_counter() - start
+        assert seconds is not None
+        yield Row(
+            name, label, method, seconds, found.step_seconds, found.spread_seconds, noise,
+            seconds / full.step_seconds, found.step_seconds / whole, peak, found.peak_bytes, took,
+        )  # fmt: skip
+
+
+def _seconds(outcome: Outcome) -> float:
+    assert outcome.measured is not None, outcome.error
+    return outcome.measured.step_seconds
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that ``share`` of the values are not above."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def kendall_tau(rows: Sequence[Row]) -> float:
+    """Over pairs of one network whose measured seconds differ by more than `DIFFERENT`."""
+    agree = pairs = 0
+    for i, a in enumerate(rows):
+        for b in rows[:i]:
+            if a.model != b.model or abs(a.measured_seconds / b.measured_seconds - 1) <= DIFFERENT:
+                continue
+            pairs += 1
+            same = (a.predicted_seconds - b.predicted_seconds) * (a.measured_seconds - b.measured_seconds) > 0
+            agree += 1 if same else -1
+    return agree / pairs if pairs else 1.0
+
+
+def summary(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str, str, str]]:
+    """Per network, and for all."""
+    lines = []
+    for name in (*dict.fromkeys(row.model for row in rows), "all"):
+        own = [row for row in rows if name in (row.model, "all")]
+        errors = [abs(row.error) for row in own]
+        peaks = [abs(row.peak_error) for row in own]
+        ratios = [abs(row.predicted_ratio - row.measured_ratio) for row in own]
+        noise = statistics.median(row.noise for row in own)
+        lines.append(
+            (
+                name, f"{statistics.median(errors):.1%}", f"{quantile(errors, 0.9):.1%}", f"{noise:.1%}",
+                f"{100 * statistics.median(ratios):.1f}", f"{kendall_tau(own):.3f}",
+                f"{statistics.median(peaks):.2%} / {max(peaks):.2%}",
+            )
+        )  # fmt: skip
+    return lines
+
+
+HEAD = (
+    "network", "time: median error", "90th percentile", "two runs of the same apart", "ratio to full, points off",
+    "order (Kendall tau)", "peak: median / worst error",
+)  # fmt: skip
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The summary as a table, and where it was made."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
+    lines += ["| " + " | ".join(line) + " |" for line in summary(rows)]
+    return "\n".join(["# Predicted against measured", "", *lines, "", *conditions(), ""])
+
+
+def main() -> None:
+    """Run, print, and save if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", choices=[[], *(build.__name__ for build in MODELS)])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", default="after calibration")
+    parser.add_argument("--save", action="store_true")
+    asked = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    rows: list[Row] = []
+    for build in MODELS:
+        if not asked.models or build.__name__ in asked.models:
+            rows += rows_of(build.__name__, asked.rounds, asked.seed)
+            if asked.save:
+                save(rows)
+    console = Console()
+    table = Table("network", "subset", "method", "predicted", "measured", "error", "ratio", "measured", "peak error")
+    for row in sorted(rows, key=lambda row: -abs(row.error)):
+        table.add_row(
+            row.model, row.subset, row.method, f"{1e3 * row.predicted_seconds:.1f} ms",
+            f"{1e3 * row.measured_seconds:.1f} ± {1e3 * row.spread_seconds:.1f} ms", f"{row.error:+.1%}",
+            f"{row.predicted_ratio:.1%}", f"{row.measured_ratio:.1%}", f"{row.peak_error:+.2%}",
+        )  # fmt: skip
+    console.print(table)
+    found = Table(*HEAD)
+    for line in summary(rows):
+        found.add_row(*line)
+    console.print(found)
+    print(f"predicting one subset more: {1e3 * statistics.median(row.predicting_seconds for row in rows):.2f} ms")
+    for label, own in (
+        ("CNNs", [r for r in rows if r.model in CNNS]),
+        ("others", [r for r in rows if r.model not in CNNS]),
+    ):
+        if own:
+            print(f"peak of {label}: at most {max(abs(row.peak_error) for row in own):.2%} off")
+
+
+def save(rows: Sequence[Row]) -> None:
+    """Write both files."""
+    (RESULTS / "accuracy.md").write_text(markdown(rows))
+    (RESULTS / "accuracy.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()

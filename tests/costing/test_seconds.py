@@ -1,0 +1,88 @@
+"""Seconds of a step: parts that add up, more for more work, an interval around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.cases import CASES
+from tests.truth.comparing import trace_case
+from torch import nn
+
+import frostline as fl
+from frostline.costing.seconds import PARTS
+from frostline.probing import stopwatch
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FROSTLINE_CACHE", "off")
+    monkeypatch.setattr(stopwatch, "ROTATED_BYTES", 1 << 20)
+
+
+def wide() -> fl.Trace:
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
+    return fl.trace(model, torch.randn(512, 256), loss=lambda y: y.square().mean())
+
+
+def test_seconds_are_none_until_calibrated() -> None:
+    trace = wide()
+    assert trace.cost("@all").step_seconds is None
+    trace.calibrate()
+    cost = trace.cost("@all")
+    assert cost.step_seconds is not None
+    assert cost.seconds is not None
+    assert cost.step_seconds == pytest.approx(sum(cost.seconds.by_part().values()))
+    assert list(cost.seconds.by_part()) == list(PARTS)
+    assert cost.seconds.low < cost.step_seconds < cost.seconds.high
+
+
+def test_what_is_not_run_takes_no_time() -> None:
+    trace = wide()
+    trace.calibrate()
+    head, first, everything = (trace.cost(train).seconds for train in ("4", "0", "@all"))
+    assert head is not None
+    assert first is not None
+    assert everything is not None
+    assert head.grad_input < first.grad_input  # (the loss has a gradient of its own in any case)
+    assert 0 < head.grad_weight < everything.grad_weight
+    assert head.total < first.total < everything.total
+    assert head.forward == first.forward == everything.forward
+
+
+def test_the_methods_differ_by_what_they_run() -> None:
+    trace = wide()
+    trace.calibrate()
+    found = {method: trace.cost("4", method=method).seconds for method in ("freeze", "optimizer-only")}
+    frozen, owned = found["freeze"], found["optimizer-only"]
+    assert frozen is not None
+    assert owned is not None
+    assert owned.grad_input > frozen.grad_input
+    assert owned.optimizer == frozen.optimizer  # the same parameters step
+
+
+def test_only_what_the_rows_need_is_timed() -> None:
+    trace = wide()
+    few = trace.calibrate([trace.cost("4")]).num_timed
+    assert 0 < few < wide().calibrate().num_timed
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["lstm_classifier", "checkpoint_each_block", "custom_op", "hooks", "attention_causal"])
+def test_every_kind_of_call_can_be_timed(name: str) -> None:
+    trace = trace_case(CASES[name]())
+    assert trace.calibrate().failed == {}
+    seconds = trace.cost("@all").seconds
+    assert seconds is not None
+    assert seconds.unknown == {}
+    assert seconds.forward > 0
+    assert seconds.grad_weight > 0
+
+
+def test_timing_leaves_the_model_alone() -> None:
+    case = CASES["batch_norm_cnn_train"]()
+    before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
+    trace = trace_case(case)
+    trace.calibrate()
+    assert trace.cost("@all").step_seconds is not None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in case.model.state_dict().items())
+    assert all(p.grad is None for p in case.model.parameters())

@@ -1,0 +1,42 @@
+"""FLOPs and saved bytes of a real step against what the trace says: two paths, one number."""
+
+from __future__ import annotations
+
+import pytest
+from tests.cases import CASES
+from tests.measuring.networks import inputs, mlp, squares
+
+import frostline as fl
+from frostline.measuring.case import Case
+from frostline.measuring.counting import Counts, count
+from frostline.measuring.loop import Loop
+
+
+def counts_of(loop: Loop, cost: fl.Cost) -> Counts:
+    loop.arrange(Case.of(cost.subset, cost.method, "sgd"))
+    loop.step(lambda phase, loss: None)
+    return count(loop)
+
+
+def test_counts_of_an_mlp_are_what_paper_says():
+    first, second = 2 * 8 * 16 * 32, 2 * 8 * 32 * 4
+    loop = Loop(mlp(), inputs(), squares)
+    counts = counts_of(loop, fl.trace(mlp(), inputs(), squares).cost("2.weight"))
+    assert (counts.forward_flops, counts.backward_flops) == (first + second, second)
+    assert counts.saved_bytes == 8 * 32 * 4 + 8 * 4 * 4  # the input of the last layer, and its output
+    assert counts.uncounted == ()
+
+
+@pytest.mark.parametrize(
+    "name", ["mnist_cnn", "transformer_encoder_train", "input_requires_grad", "constant_attribute", "gru_bidirectional"]
+)
+@pytest.mark.parametrize("method", ["freeze", "optimizer-only"])
+def test_counts_are_the_traces(name: str, method: str):
+    case = CASES[name]()
+    trace = fl.trace(case.model, case.inputs, case.loss)
+    last = list(trace.parameters)[len(trace.parameters) // 2 :]
+    cost = trace.cost(last, method=method, optimizer="sgd")
+    counts = counts_of(Loop(case.model, case.inputs, case.loss), cost)
+    assert counts.forward_flops == cost.forward_flops
+    assert counts.backward_flops == cost.backward_flops
+    assert counts.saved_bytes == cost.saved_bytes

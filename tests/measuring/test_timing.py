@@ -1,0 +1,41 @@
+"""Seconds of a step, by a clock that the test winds."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+from tests.measuring.networks import inputs, mlp, squares
+
+from frostline.measuring.case import Case
+from frostline.measuring.loop import Loop
+from frostline.measuring.timing import Turn, take_turn, turn_size
+
+
+def test_a_turn_is_the_median_of_its_steps_part_by_part():
+    loop = Loop(mlp(), inputs(), squares)
+    loop.arrange(Case(("2.weight",)))
+    readings = iter(
+        [
+            *(0.0, 1.0, 3.0, 6.0, 6.0),  # 1 s forward, 2 s backward, 3 s optimizer
+            *(10.0, 12.0, 16.0, 21.0, 21.0),  # 2, 4 and 5
+            *(30.0, 33.0, 36.0, 40.0, 40.0),  # 3, 3 and 4
+        ]
+    )
+    enabled = []
+
+    def clock() -> float:
+        enabled.append(gc.isenabled())
+        return next(readings)
+
+    turn = take_turn(loop, settling=2, steps=3, clock=clock)
+    assert replace(turn, interruptions=0.0) == Turn(10.0, 2.0, 3.0, 4.0)
+    assert turn.interruptions >= 0
+    assert not any(enabled)
+    assert gc.isenabled()
+
+
+def test_a_slow_step_is_taken_once_and_a_fast_one_often():
+    assert turn_size(3.0) == (0, 1)
+    assert turn_size(0.1) == (1, 1)
+    assert turn_size(1e-5) == (1, 25)

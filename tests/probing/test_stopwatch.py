@@ -1,0 +1,88 @@
+"""Timing one op call: by an injected clock, on tensors made up to fit it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from frostline.probing.stopwatch import MOST_SAMPLES, Stopwatch, Work
+from frostline.tracing.calls import TensorMeta
+
+aten: Any = torch.ops.aten
+CPU = torch.device("cpu")
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> TensorMeta:
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    return TensorMeta(tuple(shape), tuple(tensor.stride()), dtype, "cpu")
+
+
+class Ticking:
+    """A clock on which every look takes a millisecond."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+
+def test_seconds_are_the_clocks() -> None:
+    timing = Stopwatch(CPU, Ticking()).time(Work(aten.mul.Tensor, (meta(4, 4), meta(4, 4)), {}))
+    assert timing.seconds == pytest.approx(1e-3)
+    assert timing.spread == pytest.approx(0.0, abs=1e-9)
+    assert timing.num_samples == MOST_SAMPLES
+    assert not timing.failure
+
+
+def test_scratch_is_what_a_kernel_holds_beyond_its_results() -> None:
+    watch = Stopwatch(CPU, Ticking())
+    assert watch.time(Work(aten.mul.Tensor, (meta(64, 64), meta(64, 64)), {})).scratch_bytes == 0
+    # x.mT has to be made contiguous first: a copy of 8 * 64 * 32 floats
+    x = TensorMeta((8, 64, 32), (64 * 32, 1, 64), torch.float32, "cpu")
+    _, scratch = watch.with_scratch(lambda: torch.empty(1000).add(1).sum())
+    assert scratch == 2 * 4000 - 4 or scratch >= 4000
+    assert watch.time(Work(aten.clone.default, (x,), {})).scratch_bytes == 0
+
+
+def test_an_op_that_fails_says_why_and_nothing_is_raised() -> None:
+    timing = Stopwatch(CPU, Ticking()).time(Work(aten.mm.default, (meta(2, 3), meta(2, 3)), {}))
+    assert timing.failure.startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert timing.seconds == 0
+
+
+def test_out_of_memory_is_a_failure_of_that_op() -> None:
+    timing = Stopwatch(CPU, Ticking()).time(Work(aten.expand.default, (meta(1), [1 << 60]), {}))
+    assert not timing.failure  # a view takes no memory
+    huge = Work(aten.zeros.default, ([1 << 46],), {})
+    assert "RuntimeError" in Stopwatch(CPU, Ticking()).time(huge).failure
+
+
+def test_made_up_indices_are_in_range() -> None:
+    ids = meta(16, dtype=torch.int64)
+    for work in (
+        Work(aten.embedding.default, (meta(5, 8), ids), {}),
+        Work(aten.embedding_dense_backward.default, (meta(16, 8), ids, 5, -1, False), {}),
+        Work(aten.nll_loss_forward.default, (meta(16, 3), ids, None, 1, -100), {}),
+        Work(aten.gather.default, (meta(16, 4), 1, meta(16, 4, dtype=torch.int64)), {}),
+    ):
+        assert not Stopwatch(CPU, Ticking()).time(work).failure
+
+
+def test_what_an_op_writes_to_is_memory_of_its_own() -> None:
+    watch = Stopwatch(CPU, Ticking())
+    for _ in range(2):
+        assert not watch.time(Work(aten.mul_.Tensor, (meta(32, 32), meta(32, 32)), {})).failure
+    read = watch.time(Work(aten.sum.default, (meta(32, 32),), {}))
+    assert not read.failure
+
+
+def test_random_numbers_are_not_drawn_from_the_callers_generator() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    Stopwatch(CPU, Ticking()).time(Work(aten.native_dropout.default, (meta(8, 8), 0.5, True), {}))
+    assert torch.equal(torch.rand(3), expected)

@@ -204,5 +204,5 @@ def checkpointed() -> Made:
 
 
 MODELS = (
-    minilm, efficientnet_lite0, resnet50, unet, gpt2_small, vit, lstm, llama, lora_bert, mixer, checkpointed,
+    efficientnet_lite0, resnet50, unet, vit, lstm, llama, mixer, minilm, lora_bert, checkpointed, gpt2_small,
 )  # fmt: skip

@@ -167,8 +167,8 @@ class OptimizerModel:
             return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
-_AT_A_TIME = 8  # parameters in one timed step
-_STEPPED_BYTES = 16 << 20  # ... and their bytes; with gradients and state more than the caches hold
+_AT_A_TIME = 128  # parameters in one timed step
+_STEPPED_BYTES = 32 << 20  # ... and their bytes; with gradients and state more than the caches hold
 _LARGE = 64 << 20  # bytes; from 32 MiB on every temporary is fresh memory, which takes its own time
 
 

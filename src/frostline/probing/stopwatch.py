@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-from frostline.tracing.calls import TensorMeta
+from frostline.tracing.calls import TensorMeta, tensors_in
 from frostline.tracing.stand_ins import stand_in
 
 ROTATED_BYTES = 48 << 20  # more than a last-level cache holds
-_MOST_SETS = 16
+_MOST_SETS = 256
+_FEW_SETS = 16  # where each takes memory of its own
 _ENOUGH = 0.06  # seconds of calls to collect for one op
 MOST_SAMPLES = 25
 _SHORT = 2e-4  # seconds; calls shorter than this are timed several at a time
@@ -99,9 +100,8 @@ class Stopwatch:
         """Run ``work`` until its time is known. What it raises becomes the timing's ``failure``."""
         with torch.set_grad_enabled(work.grad_enabled), torch.random.fork_rng(devices=[]):
             try:
+                scratch = self._scratch(_rotating(work, once=True))
                 call = _rotating(work)
-                call()
-                scratch = self._scratch(call)
                 samples = self._samples(call)
             except Exception as error:  # made-up values that a kernel refuses; no memory
                 return failed(reason(error))
@@ -220,18 +220,33 @@ def _timed_by_events(call: Callable[[], Any], times: int, device: torch.device) 
     return float(begin.elapsed_time(end)) / 1000
 
 
-def _rotating(work: Work) -> Callable[[], Any]:
-    """A call of ``work`` that takes the next set of inputs each time."""
+def _rotating(work: Work, *, once: bool = False) -> Callable[[], Any]:
+    """A call of ``work`` that takes the next set of inputs each time, and keeps its last results for a while, so that a
+    result lies in memory that was in use before, but not just now.
+
+    Args:
+        once: it is to be called once only, and returns what the op does.
+    """
     made = _Inputs(work)
-    sets = max(1, min(_MOST_SETS, ROTATED_BYTES // max(work.nbytes, 1)))
+    if once:
+        args, kwargs = made.of(work.args), made.of(work.kwargs)
+        return lambda: work.op(*args, **kwargs)
+    sets = max(1, min(_MOST_SETS if made.cheap else _FEW_SETS, ROTATED_BYTES // max(work.nbytes, 1)))
     rotated = deque((made.of(work.args), made.of(work.kwargs)) for _ in range(sets))
     op = work.op
+    args, kwargs = rotated[0]
+    first = op(*args, **kwargs)
+    results = sum(tensor.untyped_storage().nbytes() for tensor in tensors_in(first)) if not made.writes else 0
+    ring: deque[Any] = deque(maxlen=min(sets, ROTATED_BYTES // (2 * max(results, 1))))
+    del first
 
     def call() -> Any:
         args, kwargs = rotated[0]
         rotated.rotate(-1)
-        return op(*args, **kwargs)
+        ring.append(op(*args, **kwargs))
 
+    for _ in range(len(ring), ring.maxlen or 0):
+        call()
     return call
 
 
@@ -244,6 +259,7 @@ class _Inputs:
     def __init__(self, work: Work) -> None:
         self.bound = _index_bound(work)
         self.writes = work.op._schema.is_mutable
+        self.cheap = not self.writes and all(map(_fits_arena, work.metas))
         self._next = 0
 
     def of(self, value: Any) -> Any:
@@ -257,8 +273,7 @@ class _Inputs:
         return value
 
     def _tensor(self, meta: TensorMeta) -> Tensor:
-        floats = meta.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        if meta.layout is torch.strided and not meta.lazy and floats and not self.writes and meta.numel:
+        if _fits_arena(meta) and not self.writes and meta.numel:
             extent = 1 + sum((size - 1) * stride for size, stride in zip(meta.shape, meta.stride, strict=True))
             arena = _arena(meta.dtype, meta.device)
             if 2 * extent <= len(arena):
@@ -275,6 +290,11 @@ class _Inputs:
             elif not meta.dtype.is_complex and meta.dtype is not torch.bool:
                 every.random_(0, self.bound)
         return tensor
+
+
+def _fits_arena(meta: TensorMeta) -> bool:
+    floats = meta.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    return meta.layout is torch.strided and not meta.lazy and floats
 
 
 @functools.lru_cache(maxsize=2)

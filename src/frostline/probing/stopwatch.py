@@ -241,7 +241,8 @@ def _rotating(work: Work, *, once: bool = False) -> Callable[[], Any]:
     op = work.op
     args, kwargs = rotated[0]
     first = op(*args, **kwargs)
-    results = sum(tensor.untyped_storage().nbytes() for tensor in tensors_in(first)) if not made.writes else 0
+    strided = [tensor for tensor in tensors_in(first) if tensor.layout is torch.strided]
+    results = sum(tensor.untyped_storage().nbytes() for tensor in strided) if not made.writes else 0
     ring: deque[Any] = deque(maxlen=min(sets, ROTATED_BYTES // (2 * max(results, 1))))
     del first
 

@@ -75,7 +75,8 @@ def subsets(model: torch.nn.Module, seed: str) -> dict[str, list[str]]:
         "biases": [name for name in names if name.endswith("bias")] or names[::3],
     }
     for number, share in enumerate((0.03, 0.2, 0.6)):
-        found[f"random {number + 1}"] = sorted(rng.sample(names, max(1, int(share * len(names)))))
+        chosen = rng.sample(range(len(names)), max(1, int(share * len(names))))
+        found[f"random {number + 1}"] = [names[i] for i in sorted(chosen)]
     return found
 
 
@@ -93,7 +94,7 @@ def rows_of(name: str, rounds: int, seed: str) -> Iterator[Row]:
     source = Source(f"{Path(__file__).parent / 'models.py'}:{name}", eval_mode=False)
     assert full.step_seconds is not None
     outcomes = measure_cases(
-        source, [again, *cases, again], rounds=rounds if full.step_seconds < 0.7 else max(2, rounds - 1), warm_up=2,
+        source, [again, *cases, again], rounds=rounds if full.step_seconds < 0.7 else max(1, rounds - 1), warm_up=2,
         threads=torch.get_num_threads(), together=True, examine=True,
     )  # fmt: skip
     first, *measured, last = outcomes
@@ -178,7 +179,7 @@ def main() -> None:
     """Run, print, and save if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", choices=[[], *(build.__name__ for build in MODELS)])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", default="after calibration")
     parser.add_argument("--save", action="store_true")
     asked = parser.parse_args()

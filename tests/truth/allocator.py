@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +57,20 @@ def measure_peak(case: Case, train: Collection[str], method: Method) -> Peak:
             *torch.utils._pytree.tree_leaves(copy.inputs),
         ]
     )
+    return Peak(standing, _events(step))
+
+
+def allocated_peak(run: Callable[[], object]) -> int:
+    """The most bytes that ``run`` allocates at a time."""
+    return Peak(0, _events(run)).peak_bytes
+
+
+def _events(run: Callable[[], object]) -> tuple[int, ...]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        step()
+        run()
     found = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
     found.sort(key=lambda event: event.start_ns())
-    return Peak(standing, tuple(event.nbytes() for event in found))
+    return tuple(event.nbytes() for event in found)
 
 
 def _bytes(values: list[object]) -> int:

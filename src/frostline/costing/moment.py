@@ -30,7 +30,7 @@ class Standing:
 
     Attributes:
         weights: bytes of parameters and buffers.
-        inputs: bytes of the step's arguments.
+        inputs: bytes of the step's arguments, and of what else it finds: labels of its loss.
         optimizer_state: bytes.
         kept: the gradients (parameter number -> bytes) that nobody clears between steps.
         gradient_bytes: per parameter: of its gradient.

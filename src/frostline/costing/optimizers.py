@@ -72,7 +72,7 @@ class OptimizerModel:
         self._make = make
         self._known: dict[tuple[TensorMeta, bool], int] = {}
         self._steps: dict[TensorMeta, tuple[RanOp, ...]] = {}
-        self._adds_up: bool | None = None
+        self._scratches: dict[TensorMeta, tuple[int, int]] = {}
 
     def state_bytes(self, parameter: Tensor, *, sparse: bool = False) -> int:
         """Bytes of state for one parameter after a step (step counts included)."""
@@ -92,15 +92,26 @@ class OptimizerModel:
     def scratch_bytes(self, parameters: Sequence[Tensor]) -> int:
         """The most bytes that a step takes beside parameters, gradients and state.
 
-        Asked on one parameter at a time. An implementation that goes through them one by one (``for``) needs the most
-        that any needs; one that takes them together (``foreach``), the sum: two alike show which it is.
+        Asked for one parameter, and for two alike. If two need twice as much, they are taken together (``foreach``),
+        and all add up. Else one comes after the other (``for``), and what two need more than one is what the first
+        leaves behind until the next has its own: variables of a loop live on. Assumes: parameters are stepped in the
+        model's order, and the same is left behind whatever comes next (so it is for Adam's kin and SGD).
         """
-        peaks = [max((op.alive for op in self.step_ops(p)), default=0) for p in parameters]
-        if self._adds_up is None and any(peaks):
-            meta = _on_a_device(describe(next(p for p, peak in zip(parameters, peaks, strict=True) if peak)))
-            one = max(op.alive for op in self._steps[meta])
-            self._adds_up = max(op.alive for op in self._ask_step([meta, meta])) >= 2 * one
-        return sum(peaks) if self._adds_up else max(peaks, default=0)
+        asked = [self._scratch_of(parameter) for parameter in parameters]
+        if any(own and left >= own for own, left in asked):
+            return sum(own for own, _ in asked)
+        left_behind = [0, *(left for _, left in asked)]
+        return max((own + left for (own, _), left in zip(asked, left_behind, strict=False)), default=0)
+
+    def _scratch_of(self, parameter: Tensor) -> tuple[int, int]:
+        """Bytes for one parameter alone, and how many more for two alike."""
+        meta = _on_a_device(describe(parameter))
+        found = self._scratches.get(meta)
+        if found is None:
+            own = max((op.alive for op in self.step_ops(parameter)), default=0)
+            both = max((op.alive for op in self._ask_step([meta, meta])), default=0) if own else 0
+            found = self._scratches[meta] = (own, both - own)
+        return found
 
     def step_timing(self, parameter: Tensor, timings: Timings) -> Timing:
         """How long a step takes for one parameter: really run, on several of its shape one after the other.

@@ -86,8 +86,9 @@ def _standing(cost: Cost) -> Standing:
     except OptimizerError:  # its step cannot be asked: what it keeps is known all the same
         scratch = 0
     weights = _bytes_of((*parameters, *trace.model.buffers()), rounded)
-    recorder = trace.tape_on.recorder
-    inputs = sum(rounded(recorder.storage_bytes[number]) for number in trace.tape_on.inputs)
+    tape = trace.tape_on
+    there = (tape.inputs | trace.lifetimes.found) - tape.excluded  # (a loss may bring tensors of its own: labels)
+    inputs = sum(rounded(tape.recorder.storage_bytes[number]) for number in there)
     return Standing(weights, inputs, cost.optimizer_bytes or 0, kept, sizes, scratch)
 
 

@@ -22,6 +22,7 @@ class Lifetimes(NamedTuple):
 
     born: tuple[int, ...]
     died: tuple[int, ...]
+    found: frozenset[int] = frozenset()  # storages that were there before the step and that it uses
 
 
 def lifetimes(on: Recorder, off: Recorder, pairs: Iterable[tuple[Call, Call]]) -> Lifetimes:
@@ -40,7 +41,7 @@ def lifetimes(on: Recorder, off: Recorder, pairs: Iterable[tuple[Call, Call]]) -
         for x, y in zip(inside, theirs, strict=True) if same else [(a, b)]:
             ours.update(zip((s.storage for s in y.outputs), (s.storage for s in x.outputs), strict=False))
         moments += [(y.order, x.order) for x, y in zip(inside, theirs, strict=False)]
-    born = _births(on)
+    born, found = _births(on)
     died = list(born)
     moments.sort()
     orders = [order for order, _ in moments]
@@ -50,18 +51,22 @@ def lifetimes(on: Recorder, off: Recorder, pairs: Iterable[tuple[Call, Call]]) -
             lasts = theirs_number not in off.died
             # (It was let go after the last op that ran before, whichever views lie between.)
             died[number] = end + 1 if lasts else max(born[number], moments[place - 1][1]) + 1 if place else end
-    return Lifetimes(tuple(born), tuple(died))
+    return Lifetimes(tuple(born), tuple(died), found)
 
 
-def _births(recorder: Recorder) -> list[int]:
-    """Per storage: the op that made it; ``num_ops`` for what was there before it was first used."""
+def _births(recorder: Recorder) -> tuple[list[int], frozenset[int]]:
+    """Per storage: the op that made it (``num_ops`` if none did); and those that were there before they were used."""
     born: dict[int, int] = {}
+    found: set[int] = set()
     for op in recorder.root.ops():
         for slot in op.inputs:
-            born.setdefault(slot.storage, recorder.num_ops)
+            if slot.storage not in born:
+                born[slot.storage] = recorder.num_ops
+                if slot.meta.shape:  # (a Python number in an op is no tensor of the step's)
+                    found.add(slot.storage)
         for slot in op.outputs:
             born.setdefault(slot.storage, op.order)
-    return [born.get(number, recorder.num_ops) for number in range(len(recorder.storage_bytes))]
+    return [born.get(number, recorder.num_ops) for number in range(len(recorder.storage_bytes))], frozenset(found)
 
 
 def _kernels(call: Call) -> list[Call]:

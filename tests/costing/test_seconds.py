@@ -64,6 +64,7 @@ def test_only_what_the_rows_need_is_timed() -> None:
     trace = wide()
     few = trace.calibrate([trace.cost("4")]).num_timed
     assert 0 < few < wide().calibrate().num_timed
+    assert wide().calibrate([]).num_timed < few  # (the overhead alone)
 
 
 @pytest.mark.filterwarnings("ignore")

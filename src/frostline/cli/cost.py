@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from frostline.cli.options import AsJson, Debug, Device, EvalMode, Freeze, Inputs, Loss, Method, ModelClass, Optimizer
 from frostline.cli.terminal import progress, report_width, saying
 from frostline.errors import FrostlineError, TraceError
 
@@ -61,14 +62,9 @@ def cost(
             "leading ! takes away. Repeat for more rows. Without any: the built-in ones.",
         ),
     ] = None,
-    freeze: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Take this away from every row; alone: from @all.")
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(metavar="M", help="freeze (default), optimizer-only or backward-inputs. Repeat to compare."),
-    ] = None,
-    optimizer: Annotated[str, typer.Option(help="Any class of torch.optim, in any case.")] = "adamw",
+    freeze: Freeze = None,
+    method: Method = None,
+    optimizer: Optimizer = "adamw",
     time: Annotated[
         bool,
         typer.Option("--time", help="Time the ops that the rows need, one at a time, and predict a step's seconds."),
@@ -91,18 +87,13 @@ def cost(
     depth: Annotated[
         int | None, typer.Option(min=1, help="Names that --by module keeps; default: to the blocks.")
     ] = None,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", metavar="[NAME=]8x128[:int64]", help="The shape of an input. Repeat for several."),
-    ] = None,
-    model_class: Annotated[
-        str | None, typer.Option(help="For a config.json, such as AutoModelForCausalLM; default: its architectures.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to cost it; default: where the model is.")] = None,
-    eval_mode: Annotated[bool, typer.Option("--eval", help="Trace in eval mode; default: train mode.")] = False,
-    loss: Annotated[str | None, typer.Option(help='"sum" for a model without a loss: figures are assumed.')] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print data; its schema is reports/schema.json.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    inputs: Inputs = None,
+    model_class: ModelClass = None,
+    device: Device = None,
+    eval_mode: EvalMode = False,
+    loss: Loss = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Say what training a subset of a model costs: FLOPs and bytes, exactly, before it runs.
 

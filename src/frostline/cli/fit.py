@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from frostline.cli.options import AsJson, Debug, Device, EvalMode, Freeze, Inputs, Loss, Method, ModelClass, Optimizer
 from frostline.cli.terminal import progress, report_width
 from frostline.errors import FrostlineError
 
@@ -41,14 +42,9 @@ def fit(
             f"takes away. Repeat for more rows. Without any: {DEFAULT_ROW}.",
         ),
     ] = None,
-    freeze: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Take this away from every row; alone: from @all.")
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(metavar="M", help="freeze (default), optimizer-only or backward-inputs. Repeat to compare."),
-    ] = None,
-    optimizer: Annotated[str, typer.Option(help="Any class of torch.optim, in any case.")] = "adamw",
+    freeze: Freeze = None,
+    method: Method = None,
+    optimizer: Optimizer = "adamw",
     batch_dim: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,18 +66,13 @@ def fit(
             "--scratch", help="At the sizes found, run each op alone for its scratch memory; then look again."
         ),
     ] = False,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", metavar="[NAME=]8x128[:int64]", help="The shape of an input. Repeat for several."),
-    ] = None,
-    model_class: Annotated[
-        str | None, typer.Option(help="For a config.json, such as AutoModelForCausalLM; default: its architectures.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to cost it; default: where the model is.")] = None,
-    eval_mode: Annotated[bool, typer.Option("--eval", help="Trace in eval mode; default: train mode.")] = False,
-    loss: Annotated[str | None, typer.Option(help='"sum" for a model without a loss: figures are assumed.')] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print data; its schema is reports/schema.json.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    inputs: Inputs = None,
+    model_class: ModelClass = None,
+    device: Device = None,
+    eval_mode: EvalMode = False,
+    loss: Loss = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Find the largest batch and sequence length that fit into a memory, for each subset, without running.
 

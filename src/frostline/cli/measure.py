@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from frostline.cli.options import AsJson, Debug, Inputs, ModelClass, Optimizer
 from frostline.cli.terminal import progress, report_width
 
 DEFAULT_ROW = "@head"
@@ -43,28 +44,23 @@ def measure(
         list[str] | None,
         typer.Option(metavar="M", help="freeze, optimizer-only or backward-inputs; default: the first two."),
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="Any class of torch.optim, in any case.")] = "adamw",
+    optimizer: Optimizer = "adamw",
     repeats: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Rounds; default: what fits in a minute, 5 to 25.")
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Of torch's operators; default: torch's own choice.")
     ] = None,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", metavar="[NAME=]8x128[:int64]", help="The shape of an input. Repeat for several."),
-    ] = None,
-    model_class: Annotated[
-        str | None, typer.Option(help="For a config.json, such as AutoModelForCausalLM; default: its architectures.")
-    ] = None,
+    inputs: Inputs = None,
+    model_class: ModelClass = None,
     device: Annotated[str | None, typer.Option(help="Where to run it; default: where the model is.")] = None,
     eval_mode: Annotated[bool, typer.Option("--eval", help="Run in eval mode; default: train mode.")] = False,
     loss: Annotated[str | None, typer.Option(help='"sum" for a model without a loss.')] = None,
     no_predict: Annotated[
         bool, typer.Option("--no-predict", help="Time no probes: only bytes and FLOPs are predicted.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print data; its schema is reports/schema.json.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Run training steps of a subset and of the whole model, beside what was predicted for them.
 

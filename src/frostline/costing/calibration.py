@@ -58,25 +58,23 @@ def calibrate(
     if traced.device.type not in ("cpu", "cuda"):
         raise FrostlineError(f"no clock for device {str(traced.device)!r}; there is cpu and cuda")
     timings = Timings(traced.device, clock)
-    wanted: dict[str, Callable[[], None]] = {}
-    watched: list[Clockwork] = []
-    for ledger, rows in _asked(traced, costs):
-        watched.append(Clockwork(ledger, timings, NONE))
-        wanted.update(watched[-1].tasks(rows))
+    wanted: dict[str, Callable[[], object]] = {}
+    asked = [(Clockwork(ledger, timings, NONE), rows) for ledger, rows in _asked(traced, costs)]
+    for clockwork, rows in asked:
+        wanted.update(clockwork.tasks(rows))
     model = optimizer_model(optimizer)
-    watched.append(Clockwork(watched[0].ledger, timings, NONE))
-    for parameter in traced.parameter_list:
-        if parameter.is_floating_point():
-            wanted[f"step {parameter.shape} {parameter.dtype}"] = functools.partial(
-                watched[-1].prepare_step, model, parameter
-            )
+    for clockwork, _ in asked[:1]:
+        for parameter in traced.parameter_list:
+            if parameter.is_floating_point():
+                name = f"step {parameter.shape} {parameter.dtype}"
+                wanted[name] = functools.partial(clockwork.stepping, model, parameter)
     for done, take in enumerate(wanted.values()):
         if progress is not None:
             progress(done, len(wanted))
         take()
     if progress is not None:
         progress(len(wanted), len(wanted))
-    failed = {op: why for clockwork in watched for op, why in clockwork.unknown.items()}
+    failed = {op: why for clockwork, _ in asked for op, why in clockwork.unknown.items()}
     overhead = _overhead(traced.device, timings, clock)
     others = timings.others() if timings.num_timed else []
     notes = tuple(f"timings of another setting are there and were not used: {said}" for said in others)

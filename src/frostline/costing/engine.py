@@ -111,8 +111,7 @@ class Ledger:
             live: which inputs require grad while the forward runs.
             wanted: which gradients ``backward(inputs=...)`` asks for; None: ``backward()``.
         """
-        mask = frozenset(i for i, flag in enumerate(live) if flag)
-        needed = None if wanted is None else frozenset(i for i, flag in enumerate(wanted) if flag)
+        mask, needed = masks(live, wanted)
         key = (unit, mask, needed)
         entry = self._unit_entries.get(key)
         if entry is None:
@@ -205,9 +204,7 @@ class Ledger:
         unconfirmed: frozenset[str] = frozenset()
         refusal = ""
         sparse: tuple[tuple[int, int], ...] = ()
-        for group in self.groups:
-            state = tuple([live[i] for i in group.conditions])
-            key = state if wanted is None else (state, tuple([wanted[i] for i in group.conditions]))
+        for group, key in self.states(live, wanted):
             entry = group.table.get(key)
             if entry is None:
                 entry = group.table[key] = self._group_entry(group, live, wanted)
@@ -240,6 +237,12 @@ class Ledger:
         live = [bits & forward_flags != 0 for bits in self.conditions]
         wanted = None if backward_flags is None else [bits & backward_flags != 0 for bits in self.conditions]
         return live, wanted
+
+    def states(self, live: list[bool], wanted: list[bool] | None) -> Iterator[tuple[Group, Any]]:
+        """Every group, with what its units' flags are: equal for equal flags."""
+        for group in self.groups:
+            state = tuple([live[i] for i in group.conditions])
+            yield group, state if wanted is None else (state, tuple([wanted[i] for i in group.conditions]))
 
     def _hooks_that_run(self, forward_flags: int, backward_flags: int | None) -> Iterator[tuple[Entry, Unit]]:
         for bits, entry, unit in self.hooks:
@@ -286,6 +289,12 @@ class Ledger:
             self._byte_tables = [_sums(self.storage_bytes[i * 8 : i * 8 + 8]) for i in range(count)]
         octets = storages.to_bytes(count, "little")
         return sum([table[octet] for table, octet in zip(self._byte_tables, octets, strict=True) if octet])
+
+
+def masks(live: Iterable[bool], wanted: Iterable[bool] | None) -> tuple[frozenset[int], frozenset[int] | None]:
+    """A unit's flags as a `Question` has them: the inputs that require grad, and those asked for (None: all)."""
+    mask = frozenset(i for i, flag in enumerate(live) if flag)
+    return mask, None if wanted is None else frozenset(i for i, flag in enumerate(wanted) if flag)
 
 
 def _sums(values: list[int]) -> list[int]:

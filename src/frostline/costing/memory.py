@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.costing.engine import Ledger
+from frostline.costing.engine import Ledger, masks
 from frostline.costing.entry import numbers_in
 from frostline.costing.moment import Moment, Standing
 from frostline.probing.attribution import RanOp
@@ -113,10 +113,9 @@ class Simulation:
 
     def _script(self, unit: Unit, live: Sequence[bool], wanted: Sequence[bool] | None) -> _Script | None:
         ledger = self.ledger
-        mask = frozenset(i for i, flag in enumerate(live) if flag)
+        mask, needed = masks(live, wanted)
         if not (mask and unit.held) and not unit.call.varies:
             return None
-        needed = None if wanted is None else frozenset(i for i, flag in enumerate(wanted) if flag)
         found = ledger.probe(unit, mask, needed)
         entry = ledger.unit_entry(unit, live, wanted)
         holds = tuple(n for n in numbers_in(entry.held) if n >= len(self._born) or self._born[n] < self.end)
@@ -171,9 +170,7 @@ class Simulation:
         ledger = self.ledger
         live, wanted = ledger.flags(forward_flags, backward_flags)
         found: list[_Script] = []
-        for group in ledger.groups:
-            state = tuple([live[i] for i in group.conditions])
-            key = state if wanted is None else (state, tuple([wanted[i] for i in group.conditions]))
+        for group, key in ledger.states(live, wanted):
             known = self._of_groups[id(group)]
             scripts = known.get(key)
             if scripts is None:

@@ -64,25 +64,27 @@ def seconds(cost: Cost) -> StepSeconds | None:
         return None
     ledger, forward, backward = cost._flags
     clockwork = trace._coster.clockwork(ledger)
-    parameters = trace.parameter_list
-    owned = {trace.parameter_numbers[name] for name in cost.subset.names}
-    got = list(numbers_in(cost._sums.trained))
-    kept = [parameters[n] for n in got if n not in owned]
-    trained = [parameters[n] for n in got if n in owned]
+    trained, kept = ([trace.parameter_list[n] for n in numbers] for numbers in _with_gradient(cost))
     found: StepSeconds = clockwork.step(forward, backward, trained, kept, optimizer_model(cost._optimizer))
     return found
+
+
+def _with_gradient(cost: Cost) -> tuple[list[int], list[int]]:
+    """The parameters that get a gradient: those the optimizer owns, and those whose gradients nobody clears."""
+    owned = {cost.trace.parameter_numbers[name] for name in cost.subset.names}
+    got = list(numbers_in(cost._sums.trained))
+    return [n for n in got if n in owned], [n for n in got if n not in owned]
 
 
 def _standing(cost: Cost) -> Standing:
     trace = cost.trace
     rounded = rounding(trace.device)
     parameters = trace.parameter_list
-    owned = {trace.parameter_numbers[name] for name in cost.subset.names}
     sizes = trace.gradient_bytes
-    got = list(numbers_in(cost._sums.trained))
-    kept = {n: rounded(sizes[n]) for n in got if n not in owned}
+    trained, unowned = _with_gradient(cost)
+    kept = {n: rounded(sizes[n]) for n in unowned}
     try:
-        scratch = optimizer_model(cost._optimizer).scratch_bytes([parameters[n] for n in got if n in owned])
+        scratch = optimizer_model(cost._optimizer).scratch_bytes([parameters[n] for n in trained])
     except OptimizerError:  # its step cannot be asked: what it keeps is known all the same
         scratch = 0
     weights = _bytes_of((*parameters, *trace.model.buffers()), rounded)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from frostline.costing.engine import Ledger
+from frostline.costing.engine import Ledger, masks
 from frostline.costing.entry import backward_flops
 from frostline.costing.optimizers import OptimizerModel
 from frostline.costing.overhead import Overhead
@@ -26,7 +26,7 @@ from frostline.probing.timings import Timings, key_of
 from frostline.tracing.calls import Call, Side, TensorMeta, fill
 from frostline.tracing.graph import Unit
 
-MODEL_ERROR = 0.05  # of a step: what the model itself misses at the median; see benchmarks/results/accuracy.json
+MODEL_ERROR = 0.07  # of a step: what the model itself misses at the median; see benchmarks/results/accuracy.md
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Clockwork:
         """
         total = self.tally(forward_flags, backward_flags)
         joins = self._meeting(forward_flags if backward_flags is None else backward_flags)
-        optimizing = sum(self._stepping(optimizer, parameter) for parameter in trained)
+        optimizing = sum(self.stepping(optimizer, parameter) for parameter in trained)
         adding = sum(self._addition(_meta(parameter)) for parameter in kept)
         overhead = self.overhead.of_step(total.forward_ops, total.backward_ops)
         parts = (total.forward, total.grad_input + joins, total.grad_weight + adding, total.recompute, optimizing)
@@ -158,12 +158,10 @@ class Clockwork:
                     self._base.add(self._forward(unit.ops))
         total.add(self._base)
         live, wanted = ledger.flags(forward_flags, backward_flags)
-        for group in ledger.groups:
-            state = tuple([live[i] for i in group.conditions])
-            key = (id(group), state, None if wanted is None else tuple([wanted[i] for i in group.conditions]))
-            tally = self._groups.get(key)
+        for group, key in ledger.states(live, wanted):
+            tally = self._groups.get((id(group), key))
             if tally is None:
-                tally = self._groups[key] = Tally()
+                tally = self._groups[id(group), key] = Tally()
                 for unit in group.units:
                     tally.add(self._unit(unit, *ledger.unit_flags(unit, live, wanted)))
             total.add(tally)
@@ -171,8 +169,7 @@ class Clockwork:
 
     def _unit(self, unit: Unit, live: Sequence[bool], wanted: Sequence[bool] | None) -> Tally:
         assert isinstance(self.ledger, Ledger)
-        mask = frozenset(i for i, flag in enumerate(live) if flag)
-        needed = None if wanted is None else frozenset(i for i, flag in enumerate(wanted) if flag)
+        mask, needed = masks(live, wanted)
         key = (unit, mask, needed)
         tally = self._units.get(key)
         if tally is None:
@@ -246,11 +243,8 @@ class Clockwork:
                 found[behind[place]] = found.get(behind[place], 0.0) + seconds
         return found
 
-    def prepare_step(self, optimizer: OptimizerModel, parameter: torch.Tensor) -> None:
-        """Take the time of the optimizer's step for one parameter."""
-        self._stepping(optimizer, parameter)
-
-    def _stepping(self, optimizer: OptimizerModel, parameter: torch.Tensor) -> float:
+    def stepping(self, optimizer: OptimizerModel, parameter: torch.Tensor) -> float:
+        """Seconds of the optimizer's step for one parameter."""
         key = (optimizer, parameter.shape, parameter.dtype)
         seconds = self._steps.get(key)
         if seconds is None:
@@ -267,7 +261,7 @@ class Clockwork:
 
     # -- what has to be timed ------------------------------------------------------------------------------------------
 
-    def tasks(self, rows: Iterable[tuple[int, int | None]] | None = None) -> Iterator[tuple[str, Callable[[], None]]]:
+    def tasks(self, rows: Iterable[tuple[int, int | None]] | None = None) -> Iterator[tuple[str, Callable[[], object]]]:
         """What to time for some rows, by their flags (None: for any subset): a name that is the same for what is the
         same, and a call that takes the time.
         """
@@ -294,13 +288,9 @@ class Clockwork:
                 for op in ops:
                     yield self.task(op)
 
-    def task(self, op: Call | RanOp) -> tuple[str, Callable[[], None]]:
+    def task(self, op: Call | RanOp) -> tuple[str, Callable[[], object]]:
         """The timing of one op call, as one of `tasks`."""
-        return key_of(work_of(op)), lambda: void(self.timing(op))
-
-
-def void(_timing: Timing) -> None:
-    """Let a result go."""
+        return key_of(work_of(op)), functools.partial(self.timing, op)
 
 
 def _states(unit: Unit) -> set[tuple[frozenset[int], frozenset[int] | None]]:
@@ -314,8 +304,8 @@ def _states(unit: Unit) -> set[tuple[frozenset[int], frozenset[int] | None]]:
 
 
 def _state(unit: Unit, forward: int, backward: int | None) -> tuple[frozenset[int], frozenset[int] | None]:
-    mask = frozenset(i for i, bits in enumerate(unit.behind) if bits & forward)
-    return mask, None if backward is None else frozenset(i for i, bits in enumerate(unit.behind) if bits & backward)
+    wanted = None if backward is None else [bool(bits & backward) for bits in unit.behind]
+    return masks([bool(bits & forward) for bits in unit.behind], wanted)
 
 
 def _shares(op: RanOp) -> tuple[float, float]:

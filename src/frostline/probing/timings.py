@@ -161,9 +161,8 @@ class Timings:
         where = folder()
         if where is None:
             return []
-        own = "" if self._disk is None else self._disk.path.name
-        names = sorted(path.name for path in where.glob("timings-*.sqlite") if path.name != own)
-        return [_said(name) for name in names]
+        there = {_said(path.name) for path in where.glob("timings-*.sqlite")}
+        return sorted(there - {_said(_name(self.device))})
 
 
 def _dump(kept: _Kept) -> str:
@@ -194,4 +193,4 @@ def _said(name: str) -> str:
     if len(parts) != 5:
         return name
     _, device, threads, version, _ = parts
-    return f"{device}, {threads} threads, torch {version}"
+    return f"{device}, {threads} thread{'' if threads == '1' else 's'}, torch {version}"

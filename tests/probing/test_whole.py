@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.cases import CASES, Case, build, subsets_for
@@ -69,6 +71,32 @@ class Leaving(nn.Module):
         return self.b(rows.requires_grad_()).square().mean()
 
 
+class Twice(torch.autograd.Function):
+    """Two times its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+class Handing(nn.Module):
+    """A view of a weight made under no_grad requires grad as the weight does; a Function takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            row = self.a.weight[0]
+        return (self.b(self.a(x)) * Twice.apply(row)).square().mean()
+
+
 class Masked(nn.Module):
     """What a checkpoint runs again depends on values."""
 
@@ -81,7 +109,7 @@ class Masked(nn.Module):
         return checkpoint(lambda y: self.b(y[y.detach().sum(-1) > 0]), hidden, use_reentrant=False).square().sum()
 
 
-@pytest.mark.parametrize("kind", [Captures, Leaving, Masked])
+@pytest.mark.parametrize("kind", [Captures, Leaving, Handing, Masked])
 def test_what_single_calls_cannot_tell_is_run_as_a_whole(kind: type[nn.Module]) -> None:
     case = build(lambda: Case(kind(), torch.randn(6, 4)))
     trace = trace_case(case)

@@ -304,7 +304,7 @@ class Recorder:
             hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
             if hooks is not None and hooks[0] is not let_go and not self._in_checkpoint:
                 call.hooks = hooks
-            if kind == "op" and any(slot.edge == NOWHERE for slot in inputs):
+            if kind != "torch" and any(slot.edge == NOWHERE for slot in inputs):
                 self.entangled = "a view made under no_grad is used outside it"
         if kind == "op":
             self.used.update(slot.value for slot in inputs)

@@ -37,9 +37,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from frostline.costing.formulas import flops
+from frostline.kernels import lean_kernels
 
-Method = Literal["freeze", "optimizer-only", "backward-inputs"]
-METHODS: tuple[Method, ...] = ("freeze", "optimizer-only", "backward-inputs")
+Method = Literal["freeze", "optimizer-only", "backward-inputs", "train-only"]
+METHODS: tuple[Method, ...] = ("freeze", "optimizer-only", "backward-inputs", "train-only")
 
 
 class Unreachable(Exception):  # noqa: N818  a finding, not a mistake
@@ -87,7 +88,7 @@ def measure(
     model = copy.model
     trained = _set_flags(model, train, method)
     recorder = _Recorder(model)
-    with recorder:
+    with _kernels(method), recorder:
         loss = copy.run()
         recorder.phase = "backward"
         _run_backward(loss, trained, method)
@@ -112,8 +113,12 @@ def _set_flags(model: nn.Module, train: Collection[str], method: Method) -> list
     chosen = {id(p) for p in trained}
     for parameter in model.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
-            parameter.requires_grad_(method != "freeze" or id(parameter) in chosen)
+            parameter.requires_grad_(method not in ("freeze", "train-only") or id(parameter) in chosen)
     return trained
+
+
+def _kernels(method: Method) -> contextlib.AbstractContextManager[Any]:
+    return lean_kernels() if method == "train-only" else contextlib.nullcontext()
 
 
 def _run_backward(loss: Tensor, trained: list[nn.Parameter], method: Method) -> None:
@@ -212,7 +217,7 @@ def _saved_bytes(case: Case, train: Collection[str], method: Method) -> int:
         for tensor in _tensors(copy.inputs):
             seen.see(tensor)
         _see_registered(excluded, copy.model)
-        with _SeeEverything(seen):
+        with _kernels(method), _SeeEverything(seen):
             loss = copy.run()
         _see_registered(excluded, copy.model)
         root = loss.grad_fn
@@ -223,12 +228,40 @@ def _saved_bytes(case: Case, train: Collection[str], method: Method) -> int:
         with contextlib.suppress(NameError):
             del module, attributes, tensor
         gc.collect()
+        _see_kept_by_kernels(seen, root)
         saved = sum(nbytes for key, nbytes in seen.alive() if key not in excluded.references)
         if root is None:
             raise Unreachable(f"the loss requires no grad with {sorted(train)} by {method}")
         return saved
     finally:
         gc.unfreeze()
+
+
+def _see_kept_by_kernels(storages: _Storages, root: Any) -> None:
+    """See what the nodes of frostline's own kernels refer to: no op of the step is given it."""
+    nodes, waiting = {}, [root]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and id(node) not in nodes:
+            nodes[id(node)] = node
+            waiting += [behind for behind, _ in node.next_functions]
+    for node in nodes.values():
+        forward = getattr(node, "_forward_cls", None)
+        if forward is not None and forward.__module__.startswith("frostline."):
+            for tensor in [*node.saved_tensors, *_attributes(vars(node))]:
+                if tensor is not None:
+                    storages.see(tensor)
+
+
+def _attributes(value: Any) -> Iterator[Tensor]:
+    """The tensors in an object's attributes, and in those of its attributes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for each in gc.get_referents(value):
+            yield from _attributes(each)
+    elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
+        yield from _attributes(vars(value))
 
 
 def _see_registered(storages: _Storages, model: nn.Module) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from frostline.costing.seconds import StepSeconds
     from frostline.tracing.trace import Trace
 
-METHODS = ("freeze", "optimizer-only", "backward-inputs")
+METHODS = ("freeze", "optimizer-only", "backward-inputs", "train-only")
 FIGURES = (
     "forward_flops", "grad_input_flops", "grad_weight_flops", "recompute_flops", "backward_flops", "step_flops",
     "saved_bytes", "gradient_bytes", "optimizer_bytes", "parameter_bytes", "moved_bytes",
@@ -202,7 +202,7 @@ def cost(trace: Trace, train: Any, method: str, optimizer: Any) -> Cost:
     if later:
         raise SubsetError(f"{later[0]!r} was not in the model when it was traced: trace it again")
     numbers = frozenset([numbering[name] for name in subset.names])
-    engine = trace._coster
+    engine = trace._coster_for(method)
     ledger, sums, forward, backward = engine.evaluate(numbers, method)
     if sums.refusal:
         raise FrostlineError(f"torch refuses method {method!r} for this model: {sums.refusal}")

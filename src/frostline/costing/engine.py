@@ -130,7 +130,7 @@ class Ledger:
                 charge(entry, op, unit.module, forward=True)
         if not unit.held:
             return entry
-        entry.held = self._held_bits(unit, mask, found)
+        entry.held, entry.either = self._held_bits(unit, mask, found)
         for op in found.backward:
             charge(entry, op, unit.module)
         for index in found.defined:
@@ -154,26 +154,36 @@ class Ledger:
         """What `probe` asks."""
         return Question(mask, needed, unit.receives, unit.reached)
 
-    def _held_bits(self, unit: Unit, mask: frozenset[int], found: Probe) -> int:
+    def _held_bits(self, unit: Unit, mask: frozenset[int], found: Probe) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """The storages that the unit holds, and those that it holds unless something else does: see `Entry`."""
         excluded = self.graph.tape.excluded
         bits = 0
+        either = []
         for held in found.held:
-            if held.kind == "input":
-                storage = unit.inputs[held.index].storage
-            elif held.kind == "output" and held.index < len(unit.outputs):
-                storage = unit.outputs[held.index].storage
-                if unit.call.kind == "op":  # confirmed on real tensors: a fake kernel may not know its size
-                    self._set_bytes(storage, held.nbytes)
-            else:
+            storage = self._storage_of(held.kind, held.index, unit)
+            if storage is None:
                 key = (unit, mask, held.index)
                 storage = self._new_storages.setdefault(key, len(self.storage_bytes))
                 if storage == len(self.storage_bytes):
                     self.storage_bytes.append(held.nbytes)
                     self.makers.append(unit)
                     self._byte_tables.clear()
-            if storage not in excluded:
+            elif held.kind == "output" and unit.call.kind == "op":  # confirmed: a fake kernel may not know its size
+                self._set_bytes(storage, held.nbytes)
+            covered = None if held.covers is None else self._storage_of(*held.covers, unit)
+            if covered is not None:
+                if covered not in excluded:
+                    either.append((covered, storage))
+            elif storage not in excluded:
                 bits |= 1 << storage
-        return bits
+        return bits, tuple(either)
+
+    @staticmethod
+    def _storage_of(kind: str, index: int, unit: Unit) -> int | None:
+        """The tape's storage that a `Held` speaks of; None: one that only a replay has."""
+        if kind == "input":
+            return unit.inputs[index].storage
+        return unit.outputs[index].storage if kind == "output" and index < len(unit.outputs) else None
 
     def _bits_of_storages(self, storages: Iterable[int]) -> int:
         bits = 0
@@ -204,6 +214,7 @@ class Ledger:
         unconfirmed: frozenset[str] = frozenset()
         refusal = ""
         sparse: tuple[tuple[int, int], ...] = ()
+        either: tuple[tuple[int, int], ...] = ()
         for group, key in self.states(live, wanted):
             entry = group.table.get(key)
             if entry is None:
@@ -214,6 +225,8 @@ class Ledger:
             recompute += entry.recompute_flops
             moved += entry.moved_bytes
             held |= entry.held
+            if entry.either:
+                either += entry.either
             trained |= entry.trained
             if entry.uncounted:
                 uncounted |= entry.uncounted
@@ -226,6 +239,8 @@ class Ledger:
             held |= entry.held
             grad_input += entry.grad_input_flops
             uncounted |= entry.uncounted
+        if either:
+            held |= chosen(either, held)
         base = self.base
         return Entry(
             base.forward_flops + forward, grad_input, grad_weight, recompute, base.moved_bytes + moved, held, trained,
@@ -268,6 +283,7 @@ class Ledger:
     def rows(self, forward_flags: int, backward_flags: int | None) -> Iterator[tuple[Unit, Entry]]:
         """Every unit with what it costs, in execution order; the entries add up to `evaluate`'s."""
         live, wanted = self.flags(forward_flags, backward_flags)
+        held = self.evaluate(forward_flags, backward_flags).held
         beside: dict[Unit, Entry] = {}
         for hook, unit in self._hooks_that_run(forward_flags, backward_flags):
             beside.setdefault(unit, Entry()).add(hook)
@@ -280,6 +296,7 @@ class Ledger:
                 entry.add(forward_entry(unit))
             if varies or unit.held:
                 entry.add(self.unit_entry(unit, *self.unit_flags(unit, live, wanted)))
+            entry.held |= chosen(entry.either, held)
             yield unit, entry
 
     def bytes_of(self, storages: int) -> int:
@@ -289,6 +306,11 @@ class Ledger:
             self._byte_tables = [_sums(self.storage_bytes[i * 8 : i * 8 + 8]) for i in range(count)]
         octets = storages.to_bytes(count, "little")
         return sum([table[octet] for table, octet in zip(self._byte_tables, octets, strict=True) if octet])
+
+
+def chosen(either: Iterable[tuple[int, int]], held: int) -> int:
+    """Of each pair of storages the one that is held: the first if it is among ``held``, or else the second."""
+    return bits_of([covered if held >> covered & 1 else packed for covered, packed in either])
 
 
 def masks(live: Iterable[bool], wanted: Iterable[bool] | None) -> tuple[frozenset[int], frozenset[int] | None]:
@@ -360,7 +382,7 @@ class Engine:
         """What answers for a subset, the sums, and the two flag sets they are for."""
         asked, always = bits_of(numbers), self.trace.graph.always
         everything = bits_of(self.trace.trainable_numbers) | always
-        forward, backward = (asked | always if method == "freeze" else everything), None
+        forward, backward = (asked | always if method in ("freeze", "train-only") else everything), None
         if method == "backward-inputs":
             backward = asked
         if not self.trace.entangled:

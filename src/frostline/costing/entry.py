@@ -29,6 +29,7 @@ class Entry:
     unconfirmed: frozenset[str] = frozenset()
     refusal: str = ""
     sparse: tuple[tuple[int, int], ...] = ()  # (parameter, bytes) of gradients that are sparse
+    either: tuple[tuple[int, int], ...] = ()  # storages: the first if something else holds it, or else the second
 
     def add(self, other: Entry) -> None:
         self.forward_flops += other.forward_flops
@@ -37,6 +38,7 @@ class Entry:
         self.recompute_flops += other.recompute_flops
         self.moved_bytes += other.moved_bytes
         self.held |= other.held
+        self.either += other.either
         self.trained |= other.trained
         self.uncounted |= other.uncounted
         self.unconfirmed |= other.unconfirmed

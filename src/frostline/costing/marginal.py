@@ -143,7 +143,7 @@ class _Scale:
 
     def _ask(self, numbers: frozenset[int]) -> _Figures:
         trace = self.trace
-        ledger, sums, _, _ = trace._coster.evaluate(numbers, self.method)
+        ledger, sums, _, _ = trace._coster_for(self.method).evaluate(numbers, self.method)
         backward = sums.grad_input_flops + sums.grad_weight_flops + sums.recompute_flops
         gradient_bytes = 0
         optimizer_bytes: int | None = 0

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from frostline.costing.engine import Ledger, masks
-from frostline.costing.entry import numbers_in
+from frostline.costing.entry import bits_of, numbers_in
 from frostline.costing.moment import Moment, Standing
 from frostline.probing.attribution import RanOp
 from frostline.tracing.calls import Call
@@ -36,7 +36,7 @@ class _Script:
     peak: int  # bytes that it makes, at most at a time
     scratch: int  # of them, what a kernel takes for itself at that moment
     gives: tuple[tuple[int, int, int | None, int, int, bool], ...]  # where each gradient lands, then of `Gradient`
-    holds: tuple[int, ...]  # storages
+    holds: tuple[int, ...]  # storages, if anything does
     inside: tuple[tuple[int, int], ...]  # where what the forward runs depends on the flags: (op, bytes besides)
 
 
@@ -118,7 +118,8 @@ class Simulation:
             return None
         found = ledger.probe(unit, mask, needed)
         entry = ledger.unit_entry(unit, live, wanted)
-        holds = tuple(n for n in numbers_in(entry.held) if n >= len(self._born) or self._born[n] < self.end)
+        may_hold = entry.held | bits_of(n for pair in entry.either for n in pair)
+        holds = tuple(n for n in numbers_in(may_hold) if n >= len(self._born) or self._born[n] < self.end)
         peak, inside = self._fullest(unit, found.backward)
         landings = ledger.graph.landings
         gives = []
@@ -180,13 +181,19 @@ class Simulation:
         found.sort(key=_index)
         return found
 
-    def _backward(self, scripts: list[_Script], level: int, saved: int, standing: Standing) -> Iterator[Any]:
-        """Yield ``(script, level, saved, gradients, scratch)`` at each moment that may be the fullest."""
+    def _backward(self, scripts: list[_Script], level: int, numbers: Any, standing: Standing) -> Iterator[Any]:
+        """Yield ``(script, level, saved, gradients, scratch)`` at each moment that may be the fullest.
+
+        Args:
+            numbers: the storages that autograd holds.
+        """
         sizes = self._size_array
-        holders: dict[int, int] = {}
+        saved = int(sizes[numbers].sum())
+        holders = dict.fromkeys(numbers.tolist(), 0)
         for script in scripts:
             for storage in script.holds:
-                holders[storage] = holders.get(storage, 0) + 1
+                if storage in holders:
+                    holders[storage] += 1
         number_of = self.ledger.graph.tape.parameter_of_leaf
         gradients = 0
         waiting: dict[int, dict[int, _Gradient]] = {}
@@ -216,6 +223,8 @@ class Simulation:
                 if not lies.users:
                     level -= lies.nbytes
             for storage in script.holds:
+                if storage not in holders:
+                    continue
                 holders[storage] -= 1
                 if not holders[storage]:
                     size = int(sizes[storage])
@@ -267,10 +276,9 @@ class Simulation:
         curve, numbers = self._forward(held)
         full = curve + self._inner(scripts)
         at = int(full.argmax())
-        saved_in_all = int(self._size_array[numbers].sum())
         top, best = int(full[at]), None
         last: Any = None
-        for last in self._backward(scripts, int(curve[-1]), saved_in_all, standing):
+        for last in self._backward(scripts, int(curve[-1]), numbers, standing):
             if last[1] > top:
                 top, best = last[1], last
         level, gradients = last[1], last[3]
@@ -295,7 +303,7 @@ class Simulation:
         for order in range(self.end):
             yield self._forward_moment(order, curve, numbers, int(inner[order]), standing)
         last: Any = None
-        for last in self._backward(scripts, int(curve[-1]), int(self._size_array[numbers].sum()), standing):
+        for last in self._backward(scripts, int(curve[-1]), numbers, standing):
             yield self._backward_moment(last, standing)
         _, level, saved, gradients, _ = last
         rest = {"saved": saved, "transients": level - saved - gradients}

@@ -44,7 +44,7 @@ def peak(cost: Cost) -> Moment:
 
 
 def _simulation(cost: Cost) -> Simulation:
-    found: Simulation = cost.trace._coster.simulation
+    found: Simulation = cost.trace._coster_for(cost.method).simulation
     return found
 
 
@@ -63,7 +63,7 @@ def seconds(cost: Cost) -> StepSeconds | None:
     if calibration is None:
         return None
     ledger, forward, backward = cost._flags
-    clockwork = trace._coster.clockwork(ledger)
+    clockwork = trace._coster_for(cost.method).clockwork(ledger)
     trained, kept = ([trace.parameter_list[n] for n in numbers] for numbers in _with_gradient(cost))
     found: StepSeconds = clockwork.step(forward, backward, trained, kept, optimizer_model(cost._optimizer))
     return found

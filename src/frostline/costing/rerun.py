@@ -90,13 +90,13 @@ def _run(trace: Trace, trainable: frozenset[int], wanted: frozenset[int] | None)
     rehearsal = trace.rehearsal
     settled = rehearsal.real or any(p.device.type == "meta" for p in trace.parameter_list)
     try:
-        step = run_whole(rehearsal, trainable, wanted)
+        step = run_whole(rehearsal, trainable, wanted, lean=trace.lean)
         if settled or not step.sparse:  # (a fake sparse gradient has no rows)
             return step
     except Exception:
         if settled:
             raise
-    return run_whole(replace(rehearsal, real=True), trainable, wanted)
+    return run_whole(replace(rehearsal, real=True), trainable, wanted, lean=trace.lean)
 
 
 def _unit(step: WholeStep, index: int) -> Unit:

@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from frostline.kernels import LeanKernels, lean_kernels, settle
 from frostline.probing.attribution import RanOp, Recording, storage_key
 from frostline.probing.replay import Receiver, Stage, perform, seed
 from frostline.tracing.calls import Call, Side, Slot, TensorHook, TensorMeta, describe, tensors_in
@@ -31,12 +32,14 @@ class Held:
     """A storage that autograd keeps after the call: an ``"input"``'s, an ``"output"``'s, or a ``"new"`` one's.
 
     ``secondary``: a kernel's second or later result (a workspace, say), whose size its fake may not know.
+    ``covers``: what is held instead, in its place, if something else holds that anyway (`frostline.kernels.holders`).
     """
 
     kind: str
     index: int
     nbytes: int
     secondary: bool = False
+    covers: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +183,7 @@ def _replay(
             tensors[len(call.inputs) :] = _cached_casts(unit, tensors)
         input_keys = [storage_key(t) for t in tensors]
         recording.follow(tensors, [slot.side for slot in unit.inputs])
-        with _lent(stage, unit, tensors), observed_by(recording), recording:
+        with _kernels(call) as run, _lent(stage, unit, tensors), observed_by(recording), recording:
             recording.listening = call.varies
             recording.count_anew()
             result = perform(call, tensors, recording)
@@ -194,6 +197,8 @@ def _replay(
             del result, outputs, tensors
             torch.clear_autocast_cache()  # (nested contexts clear it only when the outermost ends)
             held = _survivors(recording, input_keys, output_keys, inputs.leaves, is_user_code=call.kind != "op")
+            if run is not None:
+                held += _packed(run, input_keys, output_keys)
             refusal = ""
             origin: dict[int, int] = {}
             if edges and question.mask:
@@ -299,6 +304,10 @@ def _lent(stage: Stage, unit: Unit, tensors: Sequence[Tensor]) -> AbstractContex
     return stage.lend({slot.edge[1]: t for slot, t in slots if slot.edge and slot.is_leaf})
 
 
+def _kernels(call: Call) -> AbstractContextManager[LeanKernels | None]:
+    return lean_kernels() if call.replaced else nullcontext()
+
+
 def _cached_casts(unit: Unit, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Fill autocast's cache as the calls before this one did; returns what this one captured of it.
 
@@ -383,13 +392,27 @@ def _survivors(
     for order, (key, ref) in enumerate(refs.items()):
         if ref.expired() or key in held_leaves:
             continue
-        if key in input_keys:
-            held.append(Held("input", input_keys.index(key), 0))
-        elif key in output_keys:
-            held.append(Held("output", output_keys.index(key), recording.nbytes[key], key in recording.secondary))
-        else:
-            held.append(Held("new", order, recording.nbytes[key], key in recording.secondary))
+        kind, index = _place(key, input_keys, output_keys) or ("new", order)
+        nbytes = 0 if kind == "input" else recording.nbytes[key]
+        held.append(Held(kind, index, nbytes, key in recording.secondary))
     return tuple(held)
+
+
+def _place(key: int, input_keys: list[int | None], output_keys: list[int | None]) -> tuple[str, int] | None:
+    if key in input_keys:
+        return ("input", input_keys.index(key))
+    return ("output", output_keys.index(key)) if key in output_keys else None
+
+
+def _packed(run: LeanKernels, input_keys: list[int | None], output_keys: list[int | None]) -> tuple[Held, ...]:
+    """What our own kernels hold of tensors that nothing else keeps: numbered from -1 down."""
+    settle()
+    packed = [holder for holder in run.holders() if holder.is_packed]
+    places = [(holder, _place(holder.storage_key, input_keys, output_keys)) for holder in packed]
+    places.sort(key=lambda found: (found[1] or ("", 0), found[0].packed_nbytes))
+    return tuple(
+        Held("new", -1 - number, holder.packed_nbytes, covers=place) for number, (holder, place) in enumerate(places)
+    )
 
 
 def go_backward(roots: Any, gradients: Any, targets: list[Tensor] | None) -> str:

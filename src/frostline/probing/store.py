@@ -29,7 +29,7 @@ def _likeness(call: Call, numbers: dict[int, int]) -> Any:
         (numbers.setdefault(slot.value, len(numbers)), slot.meta, slot.side, slot.is_leaf and call.kind != "op")
         for slot in (*call.inputs, *call.captured)
     )
-    head = (call.kind, call.target, inputs, call.autocast, call.grad_enabled, call.hooks)
+    head = (call.kind, call.target, inputs, call.autocast, call.grad_enabled, call.hooks, call.replaced)
     if call.kind == "sequence":
         children = tuple(_likeness(child, numbers) for child in call.children)
         return (*head, children, tuple(numbers.get(slot.value, -1) for slot in call.outputs))

@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from frostline.kernels import lean_kernels, settle
 from frostline.probing.attribution import RanOp, Recording
 from frostline.probing.probe import go_backward
 from frostline.tracing.calls import Call, Side, grad_fn_of, tensors_in
@@ -51,16 +52,20 @@ class WholeStep:
     refusal: str = ""
 
 
-def run_whole(rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset[int] | None = None) -> WholeStep:
+def run_whole(
+    rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset[int] | None = None, *, lean: bool = False
+) -> WholeStep:
     """Run the step twice: once to see what stays alive, once to see what runs.
 
     Args:
         trainable: the parameters, by number, that require grad.
         wanted: those whose gradients ``backward(inputs=...)`` asks for; None: ``backward()``.
+        lean: under frostline's own kernels.
     """
-    held, storage_bytes = _held(rehearsal, trainable)
+    kernels = lean_kernels if lean else nullcontext
+    held, storage_bytes = _held(rehearsal, trainable, kernels)
     followed = Recording()
-    with rehearsal.staged(trainable, keep=False) as staged:
+    with kernels(), rehearsal.staged(trainable, keep=False) as staged:
         recorder, lender = staged.recorder, staged.lender
         followed.follow(lender.parameters, [Side.WEIGHT] * len(lender.parameters))
         followed.follow(lender.constants, [Side.CONSTANT] * len(lender.constants))
@@ -92,7 +97,7 @@ def run_whole(rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset
 
 
 def _held(
-    rehearsal: Rehearsal, trainable: frozenset[int], outside: frozenset[int] = frozenset()
+    rehearsal: Rehearsal, trainable: frozenset[int], kernels: Any, outside: frozenset[int] = frozenset()
 ) -> tuple[frozenset[int], list[int]]:
     """The storages that autograd holds when the loss returns, and the bytes of all: what only its nodes refer to.
 
@@ -102,9 +107,12 @@ def _held(
     gc.collect()
     gc.freeze()  # what is alive already need not be looked through again
     try:
-        root, recorder, excluded = _root(rehearsal, trainable)
+        with kernels() as run:
+            root, recorder, excluded = _root(rehearsal, trainable)
         _ungraph(recorder, outside)
         gc.collect()
+        settle()
+        packed = [] if run is None else [holder.packed_nbytes for holder in run.holders() if holder.is_packed]
         before = _references(recorder)
         del root
         gc.collect()
@@ -113,9 +121,11 @@ def _held(
     finally:
         gc.unfreeze()
     if left and not outside:
-        return _held(rehearsal, trainable, left)
+        return _held(rehearsal, trainable, kernels, left)
     held = {number for key, (number, count) in before.items() if count > after.get(key, (number, 0))[1]}
-    return frozenset(held - excluded), list(recorder.storage_bytes)
+    known = len(recorder.storage_bytes)
+    held.update(range(known, known + len(packed)))
+    return frozenset(held - excluded), [*recorder.storage_bytes, *packed]
 
 
 def _with_graph(recorder: Recorder) -> frozenset[int]:

@@ -123,6 +123,7 @@ class Call:
     end_node: int = 0
     order: int = -1  # of an op: how many ops ran before it
     opaque: bool = False  # a torch call that must be probed as a whole
+    replaced: bool = False  # what autograd does with it is asked under frostline's own kernels
     replayable: bool = True  # False inside torch.func's transforms, whose tensors exist only there
     index: int = -1  # position among the tape's units
 

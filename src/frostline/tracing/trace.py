@@ -22,6 +22,7 @@ from frostline.tracing.calls import Call
 from frostline.tracing.graph import Graph, Tape
 from frostline.tracing.lifetimes import Lifetimes, lifetimes
 from frostline.tracing.rehearsal import Rehearsal
+from frostline.tracing.replaced import mark_replaced
 from frostline.tracing.step import default_loss, made_up_labels, split_inputs, sum_loss, wants_labels
 
 if TYPE_CHECKING:
@@ -148,11 +149,13 @@ class Trace:
         notes: what a reader of the figures should know.
         entangled: why what autograd does cannot be told call by call, so that every subset is a run of the whole step;
             '' where it can, as in nearly every model.
+        lean: it answers for frostline's own kernels (`frostline.kernels`), under which a step keeps what is read alone.
     """
 
     rehearsal: Rehearsal
     assumptions: list[str]
     notes: list[str] = field(default_factory=list)
+    lean: bool = False
 
     def __post_init__(self) -> None:
         self.modes = [(name, module.training) for name, module in self.model.named_modules()]
@@ -174,6 +177,8 @@ class Trace:
                 "registers them): they always get a gradient, and are in no subset"
             )
         diverges = self._compare_with_frozen()
+        if self.lean:
+            mark_replaced(self.tape_on.calls)
         self.graph = Graph(self.tape_on)
         self.entangled = diverges or self.graph.entangled
 
@@ -276,14 +281,23 @@ class Trace:
 
     # -- what it costs -------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def _coster(self) -> Any:
         from frostline.costing.engine import Engine  # a later room: the trace is its input
 
-        engine = self.__dict__.get("_engine")
-        if engine is None:
-            engine = self.__dict__["_engine"] = Engine(self)
-        return engine
+        return Engine(self)
+
+    @cached_property
+    def _lean(self) -> Trace:
+        """The same step once more, as it runs in `frostline.train_only`."""
+        found = Trace(self.rehearsal, self.assumptions, lean=True)
+        if self.calibration is not None:
+            found._coster.settle(self.calibration)
+        return found
+
+    def _coster_for(self, method: str) -> Any:
+        """What answers for a subset by a method."""
+        return (self._lean if method == "train-only" else self)._coster
 
     def cost(self, train: Any = None, method: str = "freeze", optimizer: Any = "adamw") -> Cost:
         """What a step costs when only ``train`` trains, arranged by ``method``.
@@ -291,7 +305,7 @@ class Trace:
         Args:
             train: names, globs, modules, parameters, an optimizer, a predicate ... (see ``frostline.subsets``). None:
                 ``requires_grad`` as set now.
-            method: ``"freeze"``, ``"optimizer-only"`` or ``"backward-inputs"``.
+            method: ``"freeze"``, ``"optimizer-only"``, ``"backward-inputs"`` or ``"train-only"``.
             optimizer: a name (``"adamw"``), a ``torch.optim`` class, or an optimizer whose settings to take.
 
         Raises:
@@ -320,6 +334,8 @@ class Trace:
 
         found = calibrate(self, None if costs is None else list(costs), optimizer, progress)
         self._coster.settle(found)
+        if "_lean" in self.__dict__:
+            self._lean._coster.settle(found)
         return found
 
     @property

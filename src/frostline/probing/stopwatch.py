@@ -283,13 +283,11 @@ class _Inputs:
     def _of(self, value: Any, numbers: Iterator[int]) -> Any:
         if isinstance(value, TensorMeta):
             number = next(numbers)
-            near = self._near.get(number, ())
-            tensor = near[0] if len(near) == self._num_near else self._tensor(value)
-            if isinstance(near, deque):
-                near.append(tensor)
-                if len(near) > self._num_near:
-                    near.popleft()
-            return tensor
+            near = self._near.get(number)
+            if near is None:
+                return self._tensor(value)
+            near.append(near.popleft() if len(near) == self._num_near else self._tensor(value))
+            return near[-1]
         if isinstance(value, (tuple, list)):
             return type(value)(self._of(item, numbers) for item in value)
         if isinstance(value, dict):

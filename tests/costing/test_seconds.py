@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from tests.cases import CASES
 from tests.truth.comparing import trace_case
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import frostline as fl
-from frostline.costing.seconds import PARTS
+from frostline.costing.engine import masks
+from frostline.costing.optimizers import optimizer_model
+from frostline.costing.overhead import Overhead
+from frostline.costing.seconds import PARTS, Clockwork
 from frostline.probing import stopwatch
+from frostline.probing.timings import Timings
+from frostline.tracing.calls import is_view
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +96,46 @@ def test_timing_leaves_the_model_alone() -> None:
     assert trace.cost("@all").step_seconds is not None
     assert all(torch.equal(tensor, before[name]) for name, tensor in case.model.state_dict().items())
     assert all(p.grad is None for p in case.model.parameters())
+
+
+def test_a_backward_runs_what_torch_runs_and_nothing_of_the_probes_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(3, 4)
+    cost = fl.trace(model, x, loss="sum").cost("@all")
+    ledger, *flags = cost._flags
+    live, wanted = ledger.flags(*flags)
+    ours: Counter[str] = Counter()
+    for unit in ledger.units:
+        mask, needed = masks(*ledger.unit_flags(unit, live, wanted))
+        if mask and unit.held:
+            ours.update(str(op.op) for op in ledger.probe(unit, mask, needed).backward if not is_view(op.op))
+    real: Counter[str] = Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not is_view(op):
+                real[str(op)] += 1
+            return op(*args, **(kwargs or {}))
+
+    loss = model(x).sum()
+    with Watch():
+        loss.backward()
+    del real["aten.ones_like.default"]  # (where the backward of the whole step begins)
+    assert ours == real
+
+
+def test_memory_from_the_system_is_paid_for_the_largest_blocks_alone() -> None:
+    model = nn.Sequential(nn.Linear(64, 4096), nn.Linear(4096, 64), nn.Linear(64, 64))
+    trace = fl.trace(model, torch.randn(2, 64), loss="sum")
+    cost = trace.cost("@all")
+    parameters = trace.parameter_list
+    clockwork = Clockwork(cost._flags[0], Timings(torch.device("cpu")), Overhead(0.0, 0.0, fresh=1.0))
+    assert clockwork._largest(parameters) == [model[0].weight, model[1].weight]
+    assert clockwork._largest([model[2].bias]) == []  # (an activation is larger)
+    kept = Clockwork(cost._flags[0], clockwork.timings, Overhead(0.0, 0.0))
+    flags = cost._flags[1:]
+    adamw = optimizer_model("adamw")
+    paid, free = (work.step(*flags, parameters, [], adamw) for work in (clockwork, kept))
+    nbytes = 2 * model[0].weight.nbytes
+    assert paid.optimizer - free.optimizer == pytest.approx(2 * nbytes, abs=1)
+    assert paid.grad_weight - free.grad_weight == pytest.approx(nbytes, abs=1)

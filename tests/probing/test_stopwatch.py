@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.probing.stopwatch import MOST_SAMPLES, Stopwatch, Work
+from frostline.probing.stopwatch import MOST_SAMPLES, NEAR_BYTES, Stopwatch, Work
 from frostline.tracing.calls import TensorMeta
 
 aten: Any = torch.ops.aten
@@ -44,6 +45,23 @@ def test_scratch_is_what_a_kernel_holds_beyond_its_results() -> None:
     # 1000 floats, and as many from the negation, before one is left: the sum
     _, scratch = watch.with_scratch(lambda: torch.empty(1000).neg().sum())
     assert scratch == 2 * 4000 - 4
+
+
+def test_what_lies_near_comes_again_and_what_is_far_does_not() -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op is aten.mul.Tensor:
+                seen.append((args[0].data_ptr(), args[1].data_ptr()))
+            return op(*args, **(kwargs or {}))
+
+    one_mebibyte = meta(512, 512)
+    with Watch():
+        Stopwatch(CPU, Ticking()).time(Work(aten.mul.Tensor, (one_mebibyte, one_mebibyte), {}, near=frozenset({1})))
+    far, near = ({pair[number] for pair in seen} for number in (0, 1))
+    assert len(near) == NEAR_BYTES // (2 * one_mebibyte.nbytes)
+    assert len(far) >= 24
 
 
 def test_an_op_that_fails_says_why_and_nothing_is_raised() -> None:

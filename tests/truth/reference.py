@@ -440,7 +440,9 @@ class _Recorder(TorchDispatchMode):
     def _note_edge(self, tensor: Tensor, origin: _Origin) -> None:
         """Remember at the node that made ``tensor`` what went into it; the base of a view too, for writes use that."""
         for each in (tensor, tensor._base) if tensor._is_view() else (tensor,):
-            node = each.grad_fn if each is not None else None
+            node = None
+            with contextlib.suppress(RuntimeError):  # (a view that autograd refuses to use: made under no_grad)
+                node = each.grad_fn if each is not None else None
             if node is not None:
                 known = node.metadata.setdefault(_OUTPUTS, {})
                 known[each.output_nr] = known.get(each.output_nr, _Origin.NEUTRAL) | origin

@@ -12,7 +12,15 @@ import torch
 
 from frostline.costing.engine import Ledger
 from frostline.costing.optimizers import optimizer_model
-from frostline.costing.overhead import NONE, Overhead, measured_phases, tiny, tiny_input
+from frostline.costing.overhead import (
+    NONE,
+    Overhead,
+    measured_fresh,
+    measured_phases,
+    settle_allocator,
+    tiny,
+    tiny_input,
+)
 from frostline.costing.rerun import Rerun
 from frostline.costing.seconds import Clockwork
 from frostline.errors import FrostlineError
@@ -58,6 +66,7 @@ def calibrate(
     if traced.device.type not in ("cpu", "cuda"):
         raise FrostlineError(f"no clock for device {str(traced.device)!r}; there is cpu and cuda")
     timings = Timings(traced.device, clock)
+    settle_allocator(traced.device)
     wanted: dict[str, Callable[[], object]] = {}
     asked = [(Clockwork(ledger, timings, NONE), rows) for ledger, rows in _asked(traced, costs)]
     for clockwork, rows in asked:
@@ -109,4 +118,5 @@ def _overhead(device: torch.device, timings: Timings, clock: Callable[[], float]
         max(_LEAST, (forward - alone.forward) / alone.forward_ops),
         max(_LEAST, (backward - alone.grad_input - alone.grad_weight) / alone.backward_ops),
         optimizing,
+        measured_fresh(device, clock),
     )

@@ -17,7 +17,7 @@ from frostline.errors import OptimizerError
 from frostline.probing.attribution import RanOp, Recording
 from frostline.probing.stopwatch import Stopwatch, Timing
 from frostline.probing.timings import Timings
-from frostline.tracing.calls import TensorMeta, describe
+from frostline.tracing.calls import TensorMeta, describe, is_view
 from frostline.tracing.stand_ins import stand_in
 
 
@@ -88,6 +88,12 @@ class OptimizerModel:
         if meta not in self._steps:
             self._steps[meta] = self._ask_step([meta])
         return self._steps[meta]
+
+    def num_temporaries(self, parameter: Tensor) -> int:
+        """How many tensors as large as the parameter a step makes for it and lets go again."""
+        size = parameter.numel() * parameter.element_size()
+        made = [op for op in self.step_ops(parameter) if not op.op._schema.is_mutable and not is_view(op.op)]
+        return sum(meta is not None and meta.nbytes == size for op in made for meta in op.outputs)
 
     def scratch_bytes(self, parameters: Sequence[Tensor]) -> int:
         """The most bytes that a step takes beside parameters, gradients and state.

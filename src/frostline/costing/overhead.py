@@ -19,11 +19,16 @@ _STEPS = 30
 
 @dataclass(frozen=True)
 class Overhead:
-    """Seconds per op call, beyond what the same call takes alone; may be below 0, since C++ calls no Python."""
+    """Seconds per op call, beyond what the same call takes alone; may be below 0, since C++ calls no Python.
+
+    ``optimizer``: of a step, beside what it takes for each parameter. ``fresh``: per byte of memory that the system has
+    to bring, beyond what it takes to write to memory that is there.
+    """
 
     forward: float
     backward: float
-    optimizer: float = 0.0  # of a step, beside what it takes for each parameter
+    optimizer: float = 0.0
+    fresh: float = 0.0
 
     def of_step(self, forward_ops: int, backward_ops: int) -> float:
         """Seconds of a step that runs so many."""
@@ -55,6 +60,36 @@ def tiny(device: torch.device) -> nn.Module:
 def tiny_input(device: torch.device) -> torch.Tensor:
     """Its input."""
     return torch.ones(2, 4, device=device)
+
+
+LARGEST_KEPT = 32 << 20
+"""Bytes from which on a block always comes from the system and goes back to it: DEFAULT_MMAP_THRESHOLD_MAX of glibc."""
+
+
+def settle_allocator(device: torch.device) -> None:
+    """Let go of a block as large as the system's allocator keeps any, so that it keeps all that ops make from here on.
+
+    Source: the dynamic thresholds in mallopt(3).
+    """
+    if device.type == "cpu":
+        torch.empty(LARGEST_KEPT - (1 << 16), dtype=torch.uint8)
+
+
+def measured_fresh(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds per byte of memory from the system; 0 where a device keeps what it has."""
+    if device.type != "cpu":
+        return 0.0
+    nbytes = LARGEST_KEPT + LARGEST_KEPT // 2
+    there = torch.zeros(nbytes, dtype=torch.uint8)
+    seen: list[float] = []
+    for _ in range(5):
+        times = [clock()]
+        torch.empty(nbytes, dtype=torch.uint8).fill_(1)
+        times.append(clock())
+        there.fill_(1)
+        times.append(clock())
+        seen.append(times[1] - times[0] - (times[2] - times[1]))
+    return max(0.0, statistics.median(seen)) / nbytes
 
 
 def measured_phases(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float, float]:

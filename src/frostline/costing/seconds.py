@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ import torch
 from frostline.costing.engine import Ledger, masks
 from frostline.costing.entry import backward_flops
 from frostline.costing.optimizers import OptimizerModel
-from frostline.costing.overhead import Overhead
+from frostline.costing.overhead import LARGEST_KEPT, Overhead
 from frostline.costing.rerun import Rerun
 from frostline.probing.attribution import RanOp
 from frostline.probing.probe import timed_probe
-from frostline.probing.stopwatch import Timing, Work
+from frostline.probing.stopwatch import NEAR_BYTES, Timing, Work
 from frostline.probing.timings import Timings, key_of
-from frostline.tracing.calls import Call, Side, TensorMeta, fill
+from frostline.tracing.calls import Call, Side, TensorMeta, fill, is_view
 from frostline.tracing.graph import Unit
 
 MODEL_ERROR = 0.07  # of a step: what the model itself misses at the median; see benchmarks/results/accuracy.md
@@ -66,11 +66,24 @@ PARTS = ("forward", "grad_input", "grad_weight", "recompute", "optimizer", "over
 
 
 def work_of(op: Call | RanOp) -> Work:
-    """The op call as something to be timed."""
+    """The op call as something to be timed.
+
+    Assumes: weights come from memory; what a step computes is used by the next op or two, and lies in the caches if it
+    is small. Of a backward op with FLOPs the same is not said: what its forward saved comes from memory, too.
+    """
     if isinstance(op, RanOp):
-        return Work(op.op, op.args, op.kwargs)
-    metas = [slot.meta for slot in op.inputs]
-    return Work(op.target, fill(op.args, metas), fill(op.kwargs, metas), op.grad_enabled)
+        work = Work(op.op, op.args, op.kwargs)
+        made = [meta for meta in op.outputs if meta is not None]
+        near = set() if any(backward_flops(op) or ()) else set(range(len(work.metas)))
+    else:
+        metas = [slot.meta for slot in op.inputs]
+        work = Work(op.target, fill(op.args, metas), fill(op.kwargs, metas), op.grad_enabled)
+        made = [slot.meta for slot in op.outputs]
+        near = {number for number, slot in enumerate(op.inputs) if slot.side is not Side.WEIGHT}
+    known = work.metas
+    if sum(known[number].nbytes for number in near) + sum(meta.nbytes for meta in made) > NEAR_BYTES:
+        return work
+    return replace(work, near=frozenset(near))
 
 
 class Tally:
@@ -139,10 +152,28 @@ class Clockwork:
         joins = self._meeting(forward_flags if backward_flags is None else backward_flags)
         optimizing = sum(self.stepping(optimizer, parameter) for parameter in trained)
         adding = sum(self._addition(_meta(parameter)) for parameter in kept)
+        fresh = self._largest(trained)
+        optimizing += self.overhead.fresh * sum(p.nbytes * optimizer.num_temporaries(p) for p in fresh)
+        adding += self.overhead.fresh * sum(p.nbytes for p in fresh)
         overhead = self.overhead.of_step(total.forward_ops, total.backward_ops)
         parts = (total.forward, total.grad_input + joins, total.grad_weight + adding, total.recompute, optimizing)
         uncertainty = total.spread + MODEL_ERROR * (sum(parts) + overhead)
         return StepSeconds(*parts, overhead, uncertainty, dict(self.unknown))
+
+    def _largest(self, trained: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The parameters for which a gradient, or a temporary of the optimizer's, is memory from the system each time.
+
+        Glibc keeps what is let go up to twice the largest block that ever was, 32 MiB at most, and gives back what is
+        more. Assumes: so a step's largest blocks are given back, and no others. Beyond 32 MiB timings show it.
+        """
+        largest = max([self._largest_made, *(p.nbytes for p in trained if p.nbytes <= LARGEST_KEPT)], default=0)
+        return [p for p in trained if largest <= p.nbytes <= LARGEST_KEPT]
+
+    @functools.cached_property
+    def _largest_made(self) -> int:
+        """Bytes of the largest result in the forward that is not larger than what the allocator keeps."""
+        ops = (op for unit in self.ledger.units for op in unit.ops if not is_view(op.target))
+        return max((s.meta.nbytes for op in ops for s in op.outputs if s.meta.nbytes <= LARGEST_KEPT), default=0)
 
     def tally(self, forward_flags: int, backward_flags: int | None) -> Tally:
         """The seconds of the step's op calls, and how many they are."""

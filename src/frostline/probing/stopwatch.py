@@ -7,6 +7,7 @@ caches hold, as a step's are by the time an op comes to them.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import statistics
 import time
@@ -24,6 +25,7 @@ from frostline.tracing.calls import TensorMeta, tensors_in
 from frostline.tracing.stand_ins import stand_in
 
 ROTATED_BYTES = 48 << 20  # more than a last-level cache holds
+NEAR_BYTES = 8 << 20  # more than all but the last-level cache hold; what is as small as this lies there between two ops
 _MOST_SETS = 256
 _FEW_SETS = 16  # where each takes memory of its own
 _ENOUGH = 0.06  # seconds of calls to collect for one op
@@ -38,20 +40,22 @@ class Work:
     """An op call to be timed. Tensors in ``args`` and ``kwargs`` are `TensorMeta`.
 
     ``grad_enabled``: as it runs in the step. No tensor here needs a gradient, but a kernel may ask whether any could.
+    ``near``: the tensors, by number, that the step made just before, so that they lie in the last cache still.
     """
 
     op: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     grad_enabled: bool = False
+    near: frozenset[int] = frozenset()
 
     @property
     def metas(self) -> list[TensorMeta]:
         return list(_metas((self.args, self.kwargs)))
 
-    @property
-    def nbytes(self) -> int:
-        return sum(meta.nbytes for meta in self.metas)
+    def nbytes(self, *, near: bool) -> int:
+        """Bytes of the tensors that lie near, or of those that come from memory."""
+        return sum(meta.nbytes for number, meta in enumerate(self.metas) if (number in self.near) is near)
 
 
 @dataclass(frozen=True)
@@ -234,16 +238,17 @@ def _rotating(work: Work, *, once: bool = False) -> Callable[[], Any]:
     """
     made = _Inputs(work)
     if once:
-        args, kwargs = made.of(work.args), made.of(work.kwargs)
+        args, kwargs = made.take(work)
         return lambda: work.op(*args, **kwargs)
-    sets = max(1, min(_MOST_SETS if made.cheap else _FEW_SETS, ROTATED_BYTES // max(work.nbytes, 1)))
-    rotated = deque((made.of(work.args), made.of(work.kwargs)) for _ in range(sets))
+    sets = max(1, min(_MOST_SETS if made.cheap else _FEW_SETS, ROTATED_BYTES // max(work.nbytes(near=False), 1)))
+    rotated = deque(made.take(work) for _ in range(sets))
     op = work.op
     args, kwargs = rotated[0]
     first = op(*args, **kwargs)
     strided = [tensor for tensor in tensors_in(first) if tensor.layout is torch.strided]
     results = sum(tensor.untyped_storage().nbytes() for tensor in strided) if not made.writes else 0
-    ring: deque[Any] = deque(maxlen=min(sets, ROTATED_BYTES // (2 * max(results, 1))))
+    kept = NEAR_BYTES if work.near else ROTATED_BYTES
+    ring: deque[Any] = deque(maxlen=min(_MOST_SETS, kept // (2 * max(results, 1))))
     del first
 
     def call() -> Any:
@@ -266,16 +271,27 @@ class _Inputs:
         self.bound = _index_bound(work)
         self.writes = work.op._schema.is_mutable
         self.cheap = not self.writes and all(map(_fits_arena, work.metas))
+        self._near: dict[int, deque[Tensor]] = {number: deque() for number in work.near}
+        self._num_near = max(1, min(_MOST_SETS, NEAR_BYTES // (2 * max(work.nbytes(near=True), 1))))
         self._next = 0
 
-    def of(self, value: Any) -> Any:
-        """``value`` with a tensor for every `TensorMeta`."""
+    def take(self, work: Work) -> tuple[Any, Any]:
+        """A set of arguments; those that are near come again after a few."""
+        numbers = itertools.count()
+        return self._of(work.args, numbers), self._of(work.kwargs, numbers)
+
+    def _of(self, value: Any, numbers: Iterator[int]) -> Any:
         if isinstance(value, TensorMeta):
-            return self._tensor(value)
+            number = next(numbers)
+            near = self._near.get(number)
+            if near is None:
+                return self._tensor(value)
+            near.append(near.popleft() if len(near) == self._num_near else self._tensor(value))
+            return near[-1]
         if isinstance(value, (tuple, list)):
-            return type(value)(self.of(item) for item in value)
+            return type(value)(self._of(item, numbers) for item in value)
         if isinstance(value, dict):
-            return {key: self.of(item) for key, item in value.items()}
+            return {key: self._of(item, numbers) for key, item in value.items()}
         return value
 
     def _tensor(self, meta: TensorMeta) -> Tensor:

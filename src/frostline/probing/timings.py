@@ -27,7 +27,9 @@ _LOOKS = 3  # as many calls of the reference make a look
 
 def key_of(work: Work) -> str:
     """A name for an op call that is the same in every process."""
-    return hashlib.sha256(repr((str(work.op), work.args, work.kwargs, work.grad_enabled)).encode()).hexdigest()
+    return hashlib.sha256(
+        repr((str(work.op), work.args, work.kwargs, work.grad_enabled, sorted(work.near))).encode()
+    ).hexdigest()
 
 
 @dataclass(frozen=True)

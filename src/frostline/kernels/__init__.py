@@ -1,0 +1,12 @@
+"""Autograd kernels that keep only what the asked gradients read.
+
+`lean_kernels` turns them on for one thread of control. A few ops keep more for backward than it will read when some of
+their inputs are frozen, or 32 bits where it reads one; inside, these run as Functions that keep less and give the same
+gradients, to the bit. Every other op, and every case of these that is not covered, runs by torch's own kernel.
+"""
+
+from . import activation, convolution, dropout, normalization, pooling  # noqa: F401 (each registers its rules)
+from .holders import Holder, settle
+from .lean import LeanKernels, fallbacks, holders, kernels_active, lean_kernels
+
+__all__ = ["Holder", "LeanKernels", "fallbacks", "holders", "kernels_active", "lean_kernels", "settle"]

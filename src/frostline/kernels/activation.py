@@ -1,0 +1,159 @@
+"""Activations whose derivative has two values: of each element one bit is read.
+
+The bits say where a kept tensor lets the gradient through. Backward is eager's own op on what was kept, or on ones and
+zeros made from the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .bits import pack_bits, packed_nbytes, unpack_bits
+from .function import Kernel, anchor, tied
+from .holders import Holder
+from .lean import NotCoveredError, current_run, replaces
+from .unread import Looks
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """How one activation is undone.
+
+    Attributes:
+        keeps: what eager keeps: the ``"result"``, the ``"input"``, or a ``"copy"`` of an input that is written to.
+        bits: of that, a bit for each element: whether the gradient goes through; None if a bit cannot say it.
+        backward: eager's op, whose arguments after the gradient and the kept tensor are ...
+        args: ... those for what eager keeps, and ...
+        args_for_bits: ... those for a tensor of ones and zeros.
+    """
+
+    keeps: str
+    bits: Callable[[Tensor], Tensor | None]
+    backward: Any
+    args: tuple[Any, ...]
+    args_for_bits: tuple[Any, ...]
+
+
+class Gated(Kernel):
+    @staticmethod
+    def forward(ctx: Any, op: Any, gate: Gate, holder: Holder, input: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.gate, ctx.holder = gate, holder
+        with torch._C._AutoDispatchBelowAutograd():
+            bits = gate.bits(input) if gate.keeps == "copy" else None
+            kept = input.clone() if gate.keeps == "copy" and bits is None else input
+            result = op(input, *how)
+        if bits is not None:
+            holder.hold_packed(bits)
+        else:
+            holder.hold(result if gate.keeps == "result" else kept, packed_nbytes(input.numel()))
+        if result is input:
+            ctx.mark_dirty(input)
+        tie = anchor(input)
+        ctx.save_for_backward(tie, *(weight for weight in how if isinstance(weight, Tensor)))
+        return result, tie
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, of_anchor: Tensor | None) -> Any:
+        tie, *weights = ctx.saved_tensors
+        nothing = (None,) * (len(ctx.needs_input_grad) - 4)
+        if gradient is None and of_anchor is None:
+            return (None, None, None, None, *nothing)
+        gate: Gate = ctx.gate
+        args = gate.args_for_bits if ctx.holder.is_packed else gate.args
+        kept = ctx.holder.take()
+        if gradient is None:
+            gradient = torch.zeros_like(kept)
+        found = gate.backward(gradient, tied(kept, tie), *weights, *args)
+        return (None, None, None, found if isinstance(found, Tensor) else found[0], *nothing)
+
+
+def _run(op: Any, gate: Gate, input: Tensor, *how: Any) -> Any:
+    if op._schema.is_mutable and (input._is_view() or input.is_leaf):
+        raise NotCoveredError("written in place to a view or a leaf")
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        raise NotCoveredError("saved-tensor hooks are to see what is kept")
+    looks = Looks.of(input)
+    if not looks.is_dense:
+        raise NotCoveredError("its elements lie apart or in one place")
+
+    def ones_and_zeros(bits: Tensor) -> Tensor:
+        return unpack_bits(bits, looks.shape, looks.stride).to(looks.dtype)
+
+    name = f"is output 0 of {op._schema.name.removeprefix('aten::').title()}Backward0"
+    holder = current_run().holder(gate.bits, ones_and_zeros, name)
+    result, _anchor = Gated.run(op, gate, holder, input, *how)
+    if gate.keeps != "copy":
+        holder.watch(result if gate.keeps == "result" else input)
+    return result
+
+
+def _comparable(kept: Tensor) -> Tensor:
+    """These ops compare a half with a bound that is none."""
+    return kept.float() if kept.dtype.itemsize < 4 else kept
+
+
+def _above(threshold: float) -> Callable[[Tensor], Tensor]:
+    """NaN is above everything: so say these ops' backwards."""
+    return lambda kept: pack_bits((kept if threshold == 0 else _comparable(kept)) <= threshold).bitwise_not_()
+
+
+def _between(low: float, high: float) -> Callable[[Tensor], Tensor | None]:
+    """Of NaN, hardtanh's backward says one thing in its vectorised loop and the other outside."""
+
+    def bits(kept: Tensor) -> Tensor | None:
+        if not isinstance(kept, FakeTensor) and kept.isnan().any():
+            return None
+        value = _comparable(kept)
+        return pack_bits((value <= low).logical_or_(value >= high)).bitwise_not_()
+
+    return bits
+
+
+def _positive(kept: Tensor) -> Tensor:
+    return pack_bits(kept > 0)
+
+
+@replaces("relu", "relu_")
+def relu(op: Any, input: Tensor) -> Any:
+    return _run(op, Gate("result", _above(0), _aten.threshold_backward, (0,), (0,)), input)
+
+
+@replaces("threshold", "threshold_")
+def threshold(op: Any, input: Tensor, threshold: float, value: float) -> Any:
+    keeps = "copy" if op._schema.is_mutable else "input"
+    gate = Gate(keeps, _above(threshold), _aten.threshold_backward, (threshold,), (0,))
+    return _run(op, gate, input, threshold, value)
+
+
+@replaces("hardtanh", "hardtanh_")
+def hardtanh(op: Any, input: Tensor, low: float, high: float) -> Any:
+    keeps = "copy" if op._schema.is_mutable else "input"
+    gate = Gate(keeps, _between(low, high), _aten.hardtanh_backward, (low, high), (0, 2))
+    return _run(op, gate, input, low, high)
+
+
+@replaces("leaky_relu", "leaky_relu_")
+def leaky_relu(op: Any, input: Tensor, slope: float) -> Any:
+    in_place = op._schema.is_mutable
+    if in_place and slope < 0:
+        return NotImplemented  # its backward refuses this
+    gate = Gate(
+        "result" if in_place else "input", _positive, _aten.leaky_relu_backward, (slope, in_place), (slope, False)
+    )
+    return _run(op, gate, input, slope)
+
+
+@replaces("_prelu_kernel")
+def prelu(op: Any, input: Tensor, weight: Tensor) -> Any:
+    if weight.requires_grad:
+        return NotImplemented
+    return _run(op, Gate("input", _positive, _aten._prelu_kernel_backward, (), ()), input, weight)

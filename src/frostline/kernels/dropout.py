@@ -1,0 +1,82 @@
+"""Dropout: of the noise, one bit an element is read, whether it was dropped.
+
+The noise is drawn as torch draws it, from the same random numbers, and made again from its bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bits import pack_bits, unpack_bits
+from .function import Kernel
+from .lean import replaces
+from .unread import Looks
+
+
+class Dropout(Kernel):
+    @staticmethod
+    def forward(ctx: Any, op: Any, input: Tensor, p: float) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.p = p
+        with torch._C._AutoDispatchBelowAutograd():
+            noise = torch.empty_like(input).bernoulli_(1 - p)
+            ctx.looks = Looks.of(noise)
+            ctx.save_for_backward(pack_bits(noise != 0))
+            noise.div_(1 - p)
+            if not op._schema.is_mutable:
+                return input * noise
+            ctx.mark_dirty(input)
+            return input.mul_(noise)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        (bits,) = ctx.saved_tensors
+        if gradient is None:
+            return None, None, None
+        looks = ctx.looks
+        noise = unpack_bits(bits, looks.shape, looks.stride).to(looks.dtype).div_(1 - ctx.p)
+        return None, gradient * noise, None
+
+
+@replaces("dropout", "dropout_")
+def dropout(op: Any, input: Tensor, p: float, train: bool) -> Any:
+    if not train or p == 0 or p == 1 or input.numel() == 0:
+        return NotImplemented
+    if input.device.type != "cpu":  # there it ends in native_dropout
+        return NotImplemented
+    if op._schema.is_mutable and (input._is_view() or input.is_leaf):
+        return NotImplemented
+    return Dropout.run(op, input, p)
+
+
+class NativeDropout(Kernel):
+    @staticmethod
+    def forward(ctx: Any, op: Any, input: Tensor, p: float, train: bool) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.scale = 1 / (1 - p)
+        with torch._C._AutoDispatchBelowAutograd():
+            result, mask = op(input, p, train)
+            ctx.save_for_backward(pack_bits(mask))
+        ctx.looks = Looks.of(mask)
+        ctx.mark_non_differentiable(mask)
+        return result, mask
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, _of_mask: None) -> Any:
+        (bits,) = ctx.saved_tensors
+        if gradient is None:
+            return None, None, None, None
+        mask = unpack_bits(bits, ctx.looks.shape, ctx.looks.stride)
+        if torch.is_grad_enabled():  # as torch does
+            return None, gradient * (mask * ctx.scale), None, None
+        return None, torch.ops.aten.native_dropout_backward(gradient, mask, ctx.scale), None, None
+
+
+@replaces("native_dropout")
+def native_dropout(op: Any, input: Tensor, p: float, train: bool | None) -> Any:
+    if train is False or p == 0 or p == 1 or input.numel() == 0:
+        return NotImplemented
+    return NativeDropout.run(op, input, p, train)

@@ -1,0 +1,63 @@
+"""What the Functions here have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .unseen import unseen
+
+
+class Kernel(torch.autograd.Function):
+    """An op run below autograd, by the same kernel as ever, with a backward that keeps less.
+
+    Where eager's second derivative is zeros and ours would be nothing at all, a Function returns an *anchor* beside its
+    results: an empty tensor, saved, that ties what backward uses to this node again (see `tied`).
+    """
+
+    @classmethod
+    def run(cls, *args: Any) -> Any:
+        """``apply``, unseen by whoever watches the user's own Functions."""
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+def anchor(beside: Tensor) -> Tensor:
+    with unseen():
+        return torch.empty(0, dtype=beside.dtype)
+
+
+class _Tied(Kernel):
+    @staticmethod
+    def forward(ctx: Any, stand_in: Tensor, anchor: Tensor) -> Tensor:
+        ctx.dtype = anchor.dtype
+        with unseen():
+            return stand_in.detach()
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[None, Tensor]:
+        with unseen():
+            return None, torch.zeros(0, dtype=ctx.dtype)
+
+
+def tied(stand_in: Tensor, anchor: Tensor) -> Tensor:
+    """``stand_in`` as a result of the node that ``anchor`` is of, if a graph is being made of backward."""
+    return _Tied.run(stand_in, anchor) if torch.is_grad_enabled() else stand_in  # type: ignore[no-any-return]
+
+
+def wanted(ctx: Any) -> list[bool]:
+    """Of which inputs this backward is to compute the gradient: ``backward(inputs=...)`` may not ask for all."""
+    asked = list(ctx.needs_input_grad)
+    if sum(asked) > 1:
+        nodes = [node for node, _ in ctx.next_functions if node is not None]
+        for position, node in zip([i for i, needed in enumerate(asked) if needed], nodes, strict=True):
+            asked[position] = _will_run(node)
+    return asked
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient torch.autograd.grad is to return
+        return True

@@ -1,0 +1,199 @@
+"""Replacing the autograd kernels of a few ops, for the runs that ask for it and the thread of control inside them.
+
+A replaced kernel is process-wide. It goes on to torch's own at once unless a run is open in the thread of control that
+calls it: the thread that opened it, and those in which autograd's engine works for a backward started there.
+
+Registering and taking away kernels is not safe while another thread runs the same op (tried: the other thread crashes).
+So they are put in by the first run, and taken away when the last one ends only if no other thread is running Python
+code then; if one is, they stay in, and only ask whether a run is open, until a run ends that finds itself alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .holders import Holder, look_again
+
+_TLS = "frostline.kernels"  # torch carries objects stashed under a name to the engine's threads
+_KEYS = {"AutogradCPU": DispatchKey.AutogradCPU, "AutogradCUDA": DispatchKey.AutogradCUDA}
+_OWN = DispatchKeySet(DispatchKey.AutogradOther)  # where torch's own kernel for all devices is still found
+
+Rule = Callable[..., Any]
+_rules: dict[str, Rule] = {}
+_lock = threading.Lock()
+_num_open = 0
+_library: torch.library.Library | None = None
+
+
+class NotCoveredError(Exception):
+    """Raised by a rule: this case runs by torch's own kernel, which keeps more than is read."""
+
+
+def replaces(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ops of ``aten``: what to do instead, or `NotImplemented` where torch's kernel keeps no more."""
+
+    def register(rule: Rule) -> Rule:
+        for name in names:
+            _rules[name] = rule
+        return rule
+
+    return register
+
+
+class LeanKernels:
+    """A run of lean kernels in this thread of control: open from ``__enter__`` to ``close``.
+
+    Attributes:
+        fallbacks: op -> why torch's own kernel ran though it keeps more than is read -> how often.
+    """
+
+    def __init__(self) -> None:
+        self.fallbacks: dict[str, Counter[str]] = {}
+        self.is_open = False
+        self._outer: LeanKernels | None = None
+        self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+
+    def __enter__(self) -> LeanKernels:
+        assert not self.is_open
+        _install()
+        self._outer = _current()
+        self.is_open = True
+        torch._C._stash_obj_in_tls(_TLS, self)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the run; other runs go on."""
+        if self.is_open:
+            self.is_open = False
+            torch._C._stash_obj_in_tls(_TLS, _current())
+            _uninstall()
+
+    def holders(self) -> list[Holder]:
+        """The live holders of nodes made in this run (see `Holder`)."""
+        return list(self._holders)
+
+    def holder(self, pack: Callable[[Tensor], Tensor | None], unpack: Callable[[Tensor], Tensor], name: str) -> Holder:
+        made = Holder(pack, unpack, name)
+        self._holders.add(made)
+        return made
+
+
+def lean_kernels() -> LeanKernels:
+    """``with lean_kernels():`` autograd keeps only what the asked gradients read, in this thread of control."""
+    return LeanKernels()
+
+
+def _current() -> LeanKernels | None:
+    run = torch._C._get_obj_in_tls(_TLS) if torch._C._is_key_in_tls(_TLS) else None
+    while run is not None and not run.is_open:
+        run = run._outer
+    return run
+
+
+def kernels_active() -> bool:
+    return _current() is not None
+
+
+def fallbacks() -> dict[str, Counter[str]]:
+    """Which ops of this thread's run ran by torch's own kernel because their case is not covered, why, how often."""
+    run = _current()
+    return {} if run is None else run.fallbacks
+
+
+def holders() -> Iterable[Holder]:
+    """The live holders of nodes made in this thread's run."""
+    run = _current()
+    return [] if run is None else run.holders()
+
+
+def current_run() -> LeanKernels:
+    """The run inside which a rule is asked."""
+    run = _current()
+    assert run is not None
+    return run
+
+
+def _install() -> None:
+    global _num_open, _library
+    with _lock:
+        _num_open += 1
+        if _library is None:
+            _library = torch.library.Library("aten", "IMPL")
+            for name, rule in _rules.items():
+                for key in _KEYS:
+                    _library.impl(name, _kernel(name, rule, _KEYS[key]), key, with_keyset=True, allow_override=True)
+
+
+def _uninstall() -> None:
+    global _num_open, _library
+    with _lock:
+        _num_open -= 1
+        if _num_open == 0 and _library is not None and len(sys._current_frames()) == 1:
+            _library._destroy()
+            _library = None
+
+
+def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
+    op = getattr(torch.ops.aten, name).default
+    defaults = [argument.default_value for argument in op._schema.arguments]
+
+    def kernel(keyset: DispatchKeySet, *args: Any) -> Any:  # (those at the end may be left out)
+        run = _current()
+        if run is not None and torch.is_grad_enabled():
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            if any(tensor.requires_grad for tensor in tensors):
+                look_again()
+                try:
+                    if not _is_plain_eager(tensors):
+                        raise NotCoveredError(_why_not_plain(tensors))
+                    result = rule(op, *args, *defaults[len(args) :])
+                    if result is not NotImplemented:
+                        return result
+                except NotCoveredError as why:
+                    run.fallbacks.setdefault(name, Counter())[str(why)] += 1
+        return op.redispatch(keyset.remove(key) | _OWN, *args)
+
+    return kernel
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def _is_plain_eager(tensors: list[Tensor]) -> bool:
+    return not _transforming() and all(
+        type(t) in _PLAIN and t.layout is torch.strided and t.dtype.is_floating_point and not t.is_neg()
+        for t in tensors
+    )
+
+
+def _transforming() -> bool:
+    """Whether something other than eager's autograd is watching: torch.func, forward mode, a tracer or compiler."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or torch._guards.TracingContext.try_get() is not None
+    )
+
+
+def _why_not_plain(tensors: list[Tensor]) -> str:
+    if _transforming():
+        return "inside torch.func, forward-mode AD, or a tracer"
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return f"{type(tensor).__name__} is a subclass of Tensor"
+    return "not a strided floating-point tensor"

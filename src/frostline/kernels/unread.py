@@ -1,0 +1,77 @@
+"""Stand-ins for tensors that a backward op takes but does not read: a shape, strides and a dtype, without memory.
+
+Eager's own backward op chooses its kernel, and the strides of what it returns, by the tensors that the forward had. So
+it is given one that looks the same. On CPU these all lie in one mapping of memory that is never written to: the system
+gives no page to it, and a kernel that does read it (to compute what nobody asked for) finds zeros.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .unseen import aside, unseen
+
+_lock = threading.Lock()
+_memory = torch.UntypedStorage(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """What a kernel can know of a tensor that it does not read."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Looks:
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        if 0 in self.shape:
+            return 0
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its elements fill a stretch of memory, in whatever order, each in a place of its own."""
+        expected = 1
+        for step, size in sorted((t, s) for s, t in zip(self.shape, self.stride, strict=True) if s != 1):
+            if step != expected:
+                return 0 in self.shape
+            expected *= size
+        return True
+
+
+def unread(looks: Looks, beside: Tensor) -> Tensor:
+    """A tensor that looks like ``looks``, on the device of ``beside`` and as fake as that; its contents mean nothing."""
+    if isinstance(beside, FakeTensor):
+        with unseen():
+            looking = torch.empty_strided(looks.shape, looks.stride, dtype=looks.dtype, device="meta")
+            return FakeTensor(beside.fake_mode, looking, beside.device)
+    with aside(beside):
+        if beside.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
+            return torch.empty_strided(looks.shape, looks.stride, dtype=looks.dtype, device=beside.device)
+        empty = torch.empty(0, dtype=looks.dtype)
+        return empty.set_(_untouched(looks.nbytes), 0, looks.shape, looks.stride)  # type: ignore[call-overload,no-any-return]
+
+
+def _untouched(nbytes: int) -> torch.UntypedStorage:
+    """Memory that nothing writes to, at least so much of it; the one before lives as long as it is in use."""
+    global _memory
+    with _lock:
+        if _memory.nbytes() < nbytes:
+            size = max(nbytes, 2 * _memory.nbytes(), 1 << 26)
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+            mapped: Any = mmap.mmap(-1, size, flags=flags)
+            _memory = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+        return _memory

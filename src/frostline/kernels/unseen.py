@@ -1,0 +1,26 @@
+"""Doing things that no dispatch mode sees: modes watch what the user's model does, not what we keep for it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def unseen() -> AbstractContextManager[Any]:
+    """Without the dispatch modes that are on; fake tensors still go to their own mode."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+
+
+def aside(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Where tensors may be made to go with ``tensor``, real or fake: unseen, below autograd."""
+    stack = ExitStack()
+    stack.enter_context(unseen())
+    stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+    if isinstance(tensor, FakeTensor):
+        stack.enter_context(tensor.fake_mode)
+    return stack

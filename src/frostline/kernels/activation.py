@@ -6,7 +6,7 @@ zeros made from the bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .bits import pack_bits, packed_nbytes, unpack_bits
-from .function import Kernel, anchor, tied
+from .function import Kernel, anchor, below_autograd, tied
 from .holders import Holder
 from .lean import NotCoveredError, current_run, replaces
 from .unread import Looks
+from .unseen import aside
 
 _aten = torch.ops.aten
 
@@ -47,9 +48,12 @@ class Gated(Kernel):
     def forward(ctx: Any, op: Any, gate: Gate, holder: Holder, input: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.gate, ctx.holder = gate, holder
-        with torch._C._AutoDispatchBelowAutograd():
-            bits = gate.bits(input) if gate.keeps == "copy" else None
-            kept = input.clone() if gate.keeps == "copy" and bits is None else input
+        with below_autograd():
+            bits, kept = None, input
+            if gate.keeps == "copy":
+                with aside(input):
+                    bits = gate.bits(input)
+                kept = input.clone() if bits is None else input
             result = op(input, *how)
         if bits is not None:
             holder.hold_packed(bits)
@@ -68,12 +72,21 @@ class Gated(Kernel):
         if gradient is None and of_anchor is None:
             return (None, None, None, None, *nothing)
         gate: Gate = ctx.gate
-        args = gate.args_for_bits if ctx.holder.is_packed else gate.args
+        was_packed = ctx.holder.is_packed
+        args = (*weights, *(gate.args_for_bits if was_packed else gate.args))
         kept = ctx.holder.take()
         if gradient is None:
             gradient = torch.zeros_like(kept)
-        found = gate.backward(gradient, tied(kept, tie), *weights, *args)
-        return (None, None, None, found if isinstance(found, Tensor) else found[0], *nothing)
+        return (None, None, None, _backward(gate.backward, gradient, tied(kept, tie), args, spent=was_packed), *nothing)
+
+
+def _backward(op: Any, gradient: Tensor, kept: Tensor, args: Sequence[Any], *, spent: bool) -> Tensor:
+    """Run eager's op; its result may take the place of ``kept`` where that is ``spent``."""
+    alike = gradient.dtype == kept.dtype and gradient.stride() == kept.stride()
+    if spent and alike and not torch.is_grad_enabled() and "grad_input" in op.overloads():
+        return op.grad_input(gradient, kept, *args, grad_input=kept)  # type: ignore[no-any-return]
+    found = op(gradient, kept, *args)
+    return found if isinstance(found, Tensor) else found[0]  # type: ignore[no-any-return]
 
 
 def _run(op: Any, gate: Gate, input: Tensor, *how: Any) -> Any:
@@ -86,7 +99,7 @@ def _run(op: Any, gate: Gate, input: Tensor, *how: Any) -> Any:
         raise NotCoveredError("its elements lie apart or in one place")
 
     def ones_and_zeros(bits: Tensor) -> Tensor:
-        return unpack_bits(bits, looks.shape, looks.stride).to(looks.dtype)
+        return unpack_bits(bits, looks.shape, looks.stride, looks.dtype)
 
     name = f"is output 0 of {op._schema.name.removeprefix('aten::').title()}Backward0"
     holder = current_run().holder(gate.bits, ones_and_zeros, name)
@@ -96,30 +109,24 @@ def _run(op: Any, gate: Gate, input: Tensor, *how: Any) -> Any:
     return result
 
 
-def _comparable(kept: Tensor) -> Tensor:
-    """These ops compare a half with a bound that is none."""
-    return kept.float() if kept.dtype.itemsize < 4 else kept
-
-
 def _above(threshold: float) -> Callable[[Tensor], Tensor]:
     """NaN is above everything: so say these ops' backwards."""
-    return lambda kept: pack_bits((kept if threshold == 0 else _comparable(kept)) <= threshold).bitwise_not_()
+    return lambda kept: pack_bits(kept, lambda value: ~(value <= threshold))
 
 
 def _between(low: float, high: float) -> Callable[[Tensor], Tensor | None]:
     """Of NaN, hardtanh's backward says one thing in its vectorised loop and the other outside."""
 
     def bits(kept: Tensor) -> Tensor | None:
-        if not isinstance(kept, FakeTensor) and kept.isnan().any():
+        if not isinstance(kept, FakeTensor) and kept.numel() and kept.min().isnan():
             return None
-        value = _comparable(kept)
-        return pack_bits((value <= low).logical_or_(value >= high)).bitwise_not_()
+        return pack_bits(kept, lambda value: (value > low) & (value < high))
 
     return bits
 
 
 def _positive(kept: Tensor) -> Tensor:
-    return pack_bits(kept > 0)
+    return pack_bits(kept, lambda value: value > 0)
 
 
 @replaces("relu", "relu_")

@@ -1,4 +1,4 @@
-"""Convolutions, of any dimension, transposed or not: the input is read for grad_weight alone, the weight for grad_input.
+"""Convolutions, of any dimension, transposed or not: the input is read for grad_weight, the weight for grad_input.
 
 Backward is eager's own ``convolution_backward``; in place of what was not kept it gets a tensor that looks the same.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .function import Kernel, wanted
+from .function import Kernel, below_autograd, wanted
 from .lean import replaces
 from .unread import Looks, unread
 
@@ -26,7 +26,7 @@ class Convolution(Kernel):
         kept = (input if weight.requires_grad else None, weight if input.requires_grad else None)
         ctx.looks = tuple(Looks.of(t) if k is None else None for t, k in zip((input, weight), kept, strict=True))
         ctx.save_for_backward(*kept)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return op(input, weight, bias, *how)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -34,7 +34,7 @@ class Convolution(Kernel):
         kept = ctx.saved_tensors
         if gradient is None:
             return (None,) * (4 + len(ctx.how))
-        given = (unread(l, gradient) if k is None else k for k, l in zip(kept, ctx.looks, strict=True))
+        given = (unread(looks, gradient) if k is None else k for k, looks in zip(kept, ctx.looks, strict=True))
         gradients = _backward(gradient, *given, ctx.bias_shape, *ctx.how, wanted(ctx)[1:4])
         return (None, *gradients, *(None for _ in ctx.how))
 

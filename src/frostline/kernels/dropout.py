@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .bits import pack_bits, unpack_bits
-from .function import Kernel
+from .function import Kernel, below_autograd
 from .lean import replaces
 from .unread import Looks
+from .unseen import aside
 
 
 class Dropout(Kernel):
@@ -21,10 +22,11 @@ class Dropout(Kernel):
     def forward(ctx: Any, op: Any, input: Tensor, p: float) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.p = p
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             noise = torch.empty_like(input).bernoulli_(1 - p)
             ctx.looks = Looks.of(noise)
-            ctx.save_for_backward(pack_bits(noise != 0))
+            with aside(noise):
+                ctx.save_for_backward(pack_bits(noise, lambda value: value != 0))
             noise.div_(1 - p)
             if not op._schema.is_mutable:
                 return input * noise
@@ -37,7 +39,7 @@ class Dropout(Kernel):
         if gradient is None:
             return None, None, None
         looks = ctx.looks
-        noise = unpack_bits(bits, looks.shape, looks.stride).to(looks.dtype).div_(1 - ctx.p)
+        noise = unpack_bits(bits, looks.shape, looks.stride, looks.dtype).div_(1 - ctx.p)
         return None, gradient * noise, None
 
 
@@ -57,9 +59,10 @@ class NativeDropout(Kernel):
     def forward(ctx: Any, op: Any, input: Tensor, p: float, train: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.scale = 1 / (1 - p)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             result, mask = op(input, p, train)
-            ctx.save_for_backward(pack_bits(mask))
+            with aside(mask):
+                ctx.save_for_backward(pack_bits(mask, lambda value: value))
         ctx.looks = Looks.of(mask)
         ctx.mark_non_differentiable(mask)
         return result, mask
@@ -69,7 +72,7 @@ class NativeDropout(Kernel):
         (bits,) = ctx.saved_tensors
         if gradient is None:
             return None, None, None, None
-        mask = unpack_bits(bits, ctx.looks.shape, ctx.looks.stride)
+        mask = unpack_bits(bits, ctx.looks.shape, ctx.looks.stride, gradient.dtype).bool()
         if torch.is_grad_enabled():  # as torch does
             return None, gradient * (mask * ctx.scale), None, None
         return None, torch.ops.aten.native_dropout_backward(gradient, mask, ctx.scale), None, None

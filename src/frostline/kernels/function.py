@@ -23,6 +23,22 @@ class Kernel(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
 
+class below_autograd:  # noqa: N801
+    """As eager's own autograd kernels run an op: below autograd, and in grad mode, by which some choose an algorithm."""
+
+    __slots__ = ("_grad_mode", "_guard")
+
+    def __enter__(self) -> None:
+        self._grad_mode = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(True)
+        self._guard = torch._C._AutoDispatchBelowAutograd()
+        self._guard.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._guard.__exit__(*exc)
+        torch._C._set_grad_enabled(self._grad_mode)
+
+
 def anchor(beside: Tensor) -> Tensor:
     with unseen():
         return torch.empty(0, dtype=beside.dtype)

@@ -40,7 +40,7 @@ class NotCoveredError(Exception):
 
 
 def replaces(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for ops of ``aten``: what to do instead, or `NotImplemented` where torch's kernel keeps no more."""
+    """Register what ops of ``aten`` do instead; it returns `NotImplemented` where torch's own kernel keeps no more."""
 
     def register(rule: Rule) -> Rule:
         for name in names:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .function import Kernel, anchor, tied, wanted
+from .function import Kernel, anchor, below_autograd, tied, wanted
 from .lean import replaces
 from .unread import Looks, unread
 
@@ -29,7 +29,7 @@ class EvalBatchNorm(Kernel):
         ctx.set_materialize_grads(False)
         ctx.eps = how[-1]
         ctx.looks = Looks.of(input)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             result, *others = op(input, weight, bias, mean, var, *how)
         ctx.mark_non_differentiable(*others)
         tie = anchor(input)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .function import Kernel, anchor, tied
+from .function import Kernel, anchor, below_autograd, tied
 from .holders import Holder
 from .lean import NotCoveredError, current_run, replaces
 from .unread import Looks, unread
@@ -25,7 +25,7 @@ class AveragePool(Kernel):
     def forward(ctx: Any, op: Any, backward: Any, input: Tensor, how: Any, how_back: Any) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.op, ctx.how, ctx.looks = backward, how_back, Looks.of(input)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             result = op(input, *how)
         ctx.result_shape = result.shape
         tie = anchor(input)
@@ -117,7 +117,7 @@ class MaxPool(Kernel):
         )
         ctx.windows, ctx.holder, ctx.looks, ctx.how = windows, holder, Looks.of(input), how
         tie = anchor(input)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             result, indices = op(input, *how)
             ctx.save_for_backward(tie, *([windows.pack(indices)] if holder is None else []))
         if holder is not None:

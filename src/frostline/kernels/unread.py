@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import mmap
 import threading
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ _lock = threading.Lock()
 _memory = torch.UntypedStorage(0)
 
 
-@dataclass(frozen=True, slots=True)
-class Looks:
+class Looks(NamedTuple):
     """What a kernel can know of a tensor that it does not read."""
 
     shape: tuple[int, ...]
@@ -32,7 +31,7 @@ class Looks:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Looks:
-        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+        return cls(tensor.shape, tensor.stride(), tensor.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -53,14 +52,20 @@ class Looks:
 
 
 def unread(looks: Looks, beside: Tensor) -> Tensor:
-    """A tensor that looks like ``looks``, on the device of ``beside`` and as fake as that; its contents mean nothing."""
+    """A tensor that looks like ``looks``, on the device of ``beside`` and as fake as that; its contents mean little."""
     if isinstance(beside, FakeTensor):
         with unseen():
             looking = torch.empty_strided(looks.shape, looks.stride, dtype=looks.dtype, device="meta")
             return FakeTensor(beside.fake_mode, looking, beside.device)
+    if beside.device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE"):
+        return _on_cpu(looks)
     with aside(beside):
-        if beside.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
-            return torch.empty_strided(looks.shape, looks.stride, dtype=looks.dtype, device=beside.device)
+        return torch.empty_strided(looks.shape, looks.stride, dtype=looks.dtype, device=beside.device)
+
+
+@lru_cache(maxsize=1024)
+def _on_cpu(looks: Looks) -> Tensor:
+    with unseen(), torch.no_grad():
         empty = torch.empty(0, dtype=looks.dtype)
         return empty.set_(_untouched(looks.nbytes), 0, looks.shape, looks.stride)  # type: ignore[call-overload,no-any-return]
 

@@ -10,17 +10,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+_NOTHING = nullcontext()
+
 
 def unseen() -> AbstractContextManager[Any]:
     """Without the dispatch modes that are on; fake tensors still go to their own mode."""
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING
 
 
 def aside(tensor: Tensor) -> AbstractContextManager[Any]:
     """Where tensors may be made to go with ``tensor``, real or fake: unseen, below autograd."""
+    below: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
+    is_fake = isinstance(tensor, FakeTensor)
+    if not is_fake and not torch._C._len_torch_dispatch_stack():
+        return below
     stack = ExitStack()
     stack.enter_context(unseen())
-    stack.enter_context(torch._C._AutoDispatchBelowAutograd())
-    if isinstance(tensor, FakeTensor):
+    stack.enter_context(below)
+    if is_fake:
         stack.enter_context(tensor.fake_mode)
     return stack

@@ -248,9 +248,9 @@ def _see_kept_by_kernels(storages: _Storages, root: Any) -> None:
     for node in nodes.values():
         forward = getattr(node, "_forward_cls", None)
         if forward is not None and forward.__module__.startswith("frostline."):
-            for tensor in [*node.saved_tensors, *_attributes(vars(node))]:
-                if tensor is not None:
-                    storages.see(tensor)
+            saved = [kept.data for kept in node._raw_saved_tensors]  # (unpacking would run a checkpoint again)
+            for tensor in _attributes([*saved, vars(node)]):
+                storages.see(tensor)
 
 
 def _attributes(value: Any) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ in-place op wrote to it. A node's own tensors are let go as its backward goes, a
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -43,7 +44,7 @@ class _Watch(weakref.ref[Tensor]):
 def _died(watch: Any) -> None:
     holder = watch.holder()
     if holder is not None and not holder.pack_if_alone(num_dying=1):
-        _waiting.append(watch.holder)
+        _waiting.append(watch.holder)  # (a view may be dying, whose base it was, or something else keeps it)
 
 
 class Holder:
@@ -157,6 +158,14 @@ def look_again() -> None:
         holder = reference()
         if holder is not None and not holder.pack_if_alone():
             _waiting.append(reference)
+
+
+def _collected(phase: str, _info: Any) -> None:
+    if phase == "stop" and _waiting:
+        look_again()
+
+
+gc.callbacks.append(_collected)  # after the last op of ours in a step nothing else would look
 
 
 def settle() -> None:

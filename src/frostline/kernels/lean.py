@@ -197,3 +197,8 @@ def _why_not_plain(tensors: list[Tensor]) -> str:
         if type(tensor) not in _PLAIN:
             return f"{type(tensor).__name__} is a subclass of Tensor"
     return "not a strided floating-point tensor"
+
+
+def replaced_ops() -> frozenset[str]:
+    """The ops that rules are registered for, by schema name."""
+    return frozenset(f"aten::{name}" for name in _rules)

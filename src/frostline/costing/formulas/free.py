@@ -160,8 +160,11 @@ _FREE_TAGS |= {torch.Tag.reduction} if hasattr(torch.Tag, "reduction") else set(
 
 @cache
 def is_free(op: OpOverload) -> bool:
-    """Whether the op is declared free of FLOPs. Another library's op is free only if it is tagged pointwise."""
-    if torch.Tag.pointwise in op.tags or op.namespace in _COMMUNICATION:
+    """Whether the op is declared free of FLOPs. Another library's op is free only if it is tagged pointwise.
+
+    Frostline's own ops pack and unpack bits.
+    """
+    if torch.Tag.pointwise in op.tags or op.namespace in _COMMUNICATION or op.namespace == "frostline":
         return True
     return op.namespace in _TORCH and (_says_torch(op) or any(_is_free_form(op, name) for name in _forms(op)))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .bits import pack_bits, unpack_bits
 from .function import Kernel, below_autograd
-from .lean import replaces
+from .lean import current_run, replaces
 from .unread import Looks
 from .unseen import aside
 
@@ -26,7 +26,7 @@ class Dropout(Kernel):
             noise = torch.empty_like(input).bernoulli_(1 - p)
             ctx.looks = Looks.of(noise)
             with aside(noise):
-                ctx.save_for_backward(pack_bits(noise, lambda value: value != 0))
+                current_run().save(ctx, pack_bits(noise, lambda value: value != 0))
             noise.div_(1 - p)
             if not op._schema.is_mutable:
                 return input * noise
@@ -62,7 +62,7 @@ class NativeDropout(Kernel):
         with below_autograd():
             result, mask = op(input, p, train)
             with aside(mask):
-                ctx.save_for_backward(pack_bits(mask, lambda value: value))
+                current_run().save(ctx, pack_bits(mask, lambda value: value))
         ctx.looks = Looks.of(mask)
         ctx.mark_non_differentiable(mask)
         return result, mask

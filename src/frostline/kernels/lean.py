@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .holders import Holder, look_again
 
@@ -55,10 +56,12 @@ class LeanKernels:
 
     Attributes:
         fallbacks: op -> why torch's own kernel ran though it keeps more than is read -> how often.
+        bits: the storages of bits that nodes save, which no mode sees; None unless somebody asks for them.
     """
 
     def __init__(self) -> None:
         self.fallbacks: dict[str, Counter[str]] = {}
+        self.bits: list[StorageWeakRef] | None = None
         self.is_open = False
         self._outer: LeanKernels | None = None
         self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
@@ -81,6 +84,17 @@ class LeanKernels:
             torch._C._stash_obj_in_tls(_TLS, _current())
             _uninstall()
 
+    def save(self, ctx: Any, bits: Tensor) -> None:
+        """Let a node save bits that were made aside."""
+        ctx.save_for_backward(bits)
+        if self.bits is not None:
+            self.bits.append(StorageWeakRef(bits.untyped_storage()))
+
+    def kept_aside(self) -> list[int]:
+        """Bytes of the bits that nodes of this run keep now, if ``bits`` were asked for."""
+        storages = [torch.UntypedStorage._new_with_weak_ptr(bits.cdata) for bits in self.bits or ()]
+        return [storage.nbytes() for storage in storages if storage is not None]
+
     def holders(self) -> list[Holder]:
         """The live holders of nodes made in this run (see `Holder`)."""
         return list(self._holders)
@@ -94,6 +108,13 @@ class LeanKernels:
 def lean_kernels() -> LeanKernels:
     """``with lean_kernels():`` autograd keeps only what the asked gradients read, in this thread of control."""
     return LeanKernels()
+
+
+def watched_kernels() -> LeanKernels:
+    """`lean_kernels` that can say all that they keep."""
+    run = LeanKernels()
+    run.bits = []
+    return run
 
 
 def _current() -> LeanKernels | None:

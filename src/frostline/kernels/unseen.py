@@ -1,4 +1,4 @@
-"""Doing things that no dispatch mode sees: modes watch what the user's model does, not what we keep for it."""
+"""Doing things that no mode sees: modes watch what the user's model does, not what we keep for it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def aside(tensor: Tensor) -> AbstractContextManager[Any]:
     """Where tensors may be made to go with ``tensor``, real or fake: unseen, below autograd."""
     below: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
     is_fake = isinstance(tensor, FakeTensor)
-    if not is_fake and not torch._C._len_torch_dispatch_stack():
+    if not (is_fake or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()):
         return below
     stack = ExitStack()
+    stack.enter_context(torch._C.DisableTorchFunction())
     stack.enter_context(unseen())
     stack.enter_context(below)
     if is_fake:

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.kernels import LeanKernels, lean_kernels, settle
+from frostline.kernels import LeanKernels, settle, watched_kernels
 from frostline.probing.attribution import RanOp, Recording, storage_key
 from frostline.probing.replay import Receiver, Stage, perform, seed
 from frostline.tracing.calls import Call, Side, Slot, TensorHook, TensorMeta, describe, tensors_in
@@ -305,7 +305,7 @@ def _lent(stage: Stage, unit: Unit, tensors: Sequence[Tensor]) -> AbstractContex
 
 
 def _kernels(call: Call) -> AbstractContextManager[LeanKernels | None]:
-    return lean_kernels() if call.replaced else nullcontext()
+    return watched_kernels() if call.replaced else nullcontext()
 
 
 def _cached_casts(unit: Unit, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -405,13 +405,14 @@ def _place(key: int, input_keys: list[int | None], output_keys: list[int | None]
 
 
 def _packed(run: LeanKernels, input_keys: list[int | None], output_keys: list[int | None]) -> tuple[Held, ...]:
-    """What our own kernels hold of tensors that nothing else keeps: numbered from -1 down."""
+    """What our own kernels keep that no mode sees, some of it in place of a tensor: numbered from -1 down."""
     settle()
     packed = [holder for holder in run.holders() if holder.is_packed]
-    places = [(holder, _place(holder.storage_key, input_keys, output_keys)) for holder in packed]
-    places.sort(key=lambda found: (found[1] or ("", 0), found[0].packed_nbytes))
+    places = [(_place(h.storage_key, input_keys, output_keys) or ("", 0), h.packed_nbytes) for h in packed]
+    places += [(("", 0), nbytes) for nbytes in run.kept_aside()]
     return tuple(
-        Held("new", -1 - number, holder.packed_nbytes, covers=place) for number, (holder, place) in enumerate(places)
+        Held("new", -1 - number, nbytes, covers=place if place[0] else None)
+        for number, (place, nbytes) in enumerate(sorted(places))
     )
 
 

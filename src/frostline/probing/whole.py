@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from frostline.kernels import lean_kernels, settle
+from frostline.kernels import settle, watched_kernels
 from frostline.probing.attribution import RanOp, Recording
 from frostline.probing.probe import go_backward
 from frostline.tracing.calls import Call, Side, grad_fn_of, tensors_in
@@ -62,7 +62,7 @@ def run_whole(
         wanted: those whose gradients ``backward(inputs=...)`` asks for; None: ``backward()``.
         lean: under frostline's own kernels.
     """
-    kernels = lean_kernels if lean else nullcontext
+    kernels = watched_kernels if lean else nullcontext
     held, storage_bytes = _held(rehearsal, trainable, kernels)
     followed = Recording()
     with kernels(), rehearsal.staged(trainable, keep=False) as staged:
@@ -112,7 +112,7 @@ def _held(
         _ungraph(recorder, outside)
         gc.collect()
         settle()
-        packed = [] if run is None else [holder.packed_nbytes for holder in run.holders() if holder.is_packed]
+        packed = [] if run is None else [h.packed_nbytes for h in run.holders() if h.is_packed] + run.kept_aside()
         before = _references(recorder)
         del root
         gc.collect()

@@ -257,7 +257,7 @@ def _moved(run: Run, moved: list[str]) -> Iterator[Finding]:
     trained = {id(parameter) for parameter in run.parameters()}
     frozen = tuple(n for n, p in run.model.named_parameters() if n in names and id(p) not in trained)
     if frozen:
-        what = f"frozen parameters changed: {listed(list(frozen), 4)}. Does an optimizer own them? Give it run.parameters()"
+        what = f"frozen parameters changed: {listed(list(frozen), 4)}. An optimizer must own run.parameters() only"
         yield Finding("frozen-moved", True, what, frozen)
     kept: list[str] = []
     free: list[str] = []
@@ -269,11 +269,15 @@ def _moved(run: Run, moved: list[str]) -> Iterator[Finding]:
                 guarded = prefix in run.frozen_modules and buffer in lasting
                 (kept if guarded else free).append(name)
     if kept:
-        what = f"buffers of frozen modules changed: {listed(kept, 4)}. They were written outside of a call in train mode"
+        what = (
+            f"buffers of frozen modules changed: {listed(kept, 4)}. They were written outside of a call in train mode"
+        )
         yield Finding("buffer-moved", True, what, tuple(kept))
     if free:
         why = "their modules train" if run.freeze_buffers else "freeze_buffers is off"
-        yield Finding("buffer-drift", False, f"buffers moved, as in plain PyTorch ({why}): {listed(free, 4)}", tuple(free))
+        yield Finding(
+            "buffer-drift", False, f"buffers moved, as in plain PyTorch ({why}): {listed(free, 4)}", tuple(free)
+        )
 
 
 def _unchecked(digest: dict[str, bytes | None]) -> Iterator[Finding]:
@@ -297,7 +301,9 @@ def _grouped(ops: list[RanOp]) -> tuple[BackwardOp, ...]:
     """Calls that are alike in one row, in the order in which they ran first."""
     rows: dict[tuple[Any, ...], BackwardOp] = {}
     for op in ops:
-        use = "recompute" if op.recomputed else max(op.uses, default=Use.NOTHING).name.lower() if op.in_node else "other"
+        use = (
+            "recompute" if op.recomputed else max(op.uses, default=Use.NOTHING).name.lower() if op.in_node else "other"
+        )
         key = (op.name, op.node, op.module, op.mask, use)
         row = rows.get(key) or BackwardOp(*key, num_calls=0, flops=0)
         rows[key] = replace(row, num_calls=row.num_calls + 1, flops=row.flops + sum(op.flops))

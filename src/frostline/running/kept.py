@@ -17,7 +17,7 @@ from frostline.probing.storages import attributes, living, storages_of
 
 
 class Seen:
-    """Storages that a step's ops were given or made; weakly, which also keeps their addresses from being taken again."""
+    """Storages that a step's ops were given or made. Held weakly, so that no address is taken again."""
 
     def __init__(self) -> None:
         self.found: dict[int, StorageWeakRef] = {}
@@ -57,7 +57,8 @@ def saved_by(node: Any) -> Iterator[Any]:
     if hasattr(node, "variable"):
         yield node.variable
     yield from getattr(node, "__dict__", {}).values()  # a Function may keep tensors past torch's own list
-    for name in _saved_names(type(node)):
+    kind: Any = type(node)
+    for name in _saved_names(kind):
         with suppress(RuntimeError):  # let go already
             raw = getattr(node, name)
             for each in raw if isinstance(raw, (tuple, list)) else (raw,):

@@ -66,6 +66,7 @@ class Leaf:
 
 
 _Mark = tuple[RanOp, int]  # an op and which of its outputs
+_TRAINS = "frostline: trains"  # at a reentrant checkpoint's node: whether its backward puts gradients on what trains
 
 
 class StepRecorder(TorchDispatchMode):
@@ -91,6 +92,7 @@ class StepRecorder(TorchDispatchMode):
         self.num_backward_runs = 0
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._trained_ids = {id(parameter) for parameter in trained.values()}
+        self._trained_keys = {_key(parameter) for parameter in trained.values()}
         self._module_names = {id(module): name for name, module in model.named_modules()}
         self._seen = Seen()
         self._stack: list[str] = []
@@ -101,6 +103,7 @@ class StepRecorder(TorchDispatchMode):
         self._marks: dict[int, tuple[StorageWeakRef, set[_Mark]]] = {}
         self._depth = 0  # of runs of autograd's engine within each other
         self._recomputing = 0
+        self._touches: list[bool] = []  # for each reentrant checkpoint that runs: whether it uses what trains
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -158,9 +161,23 @@ class StepRecorder(TorchDispatchMode):
         return self._node_modules[at] if at >= 0 else ""
 
     def on_apply(self, cls: type, args: tuple[Any, ...], run: Callable[..., Any]) -> Any:
-        if is_reentrant_checkpoint(cls) and args:
-            return run(self.run_again(args[0]), *args[1:])
-        return run(*args)
+        if not is_reentrant_checkpoint(cls) or not args:
+            return run(*args)
+        self._touches.append(False)
+        try:
+            result = run(self.run_again(args[0]), *args[1:])
+        finally:
+            touched = self._touches.pop()
+            self._touched(touched)
+        for tensor in tensors_in(result):
+            node: Any = tensor.grad_fn
+            if node is not None:
+                node.metadata[_TRAINS] = touched
+        return result
+
+    def _touched(self, touched: bool) -> None:
+        if touched and self._touches:
+            self._touches[-1] = True
 
     def checkpoint_region(self, *_: Any) -> Any:
         return nullcontext()
@@ -185,6 +202,8 @@ class StepRecorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self._depth:
             self._seen.given((args, kwargs))
+        if self._touches:
+            self._touched(any(_key(tensor) in self._trained_keys for tensor in tensors_in((args, kwargs))))
         result = op(*args, **kwargs)
         if not self._depth:
             self._seen.returned(result)
@@ -218,9 +237,9 @@ class StepRecorder(TorchDispatchMode):
         if not makes_constant(op):
             for tensor in tensors_in((args, kwargs)):
                 through |= self._marks_of(tensor)
-        for position, tensor in enumerate(outputs):
-            if tensor is not None:
-                self._mark(tensor, through | {(ran, position)})
+        for position, output in enumerate(outputs):
+            if output is not None:
+                self._mark(output, through | {(ran, position)})
         for tensor in written(op, args, kwargs):
             self._mark(tensor, through | {(ran, 0)})
 
@@ -254,7 +273,7 @@ class StepRecorder(TorchDispatchMode):
                 uses[node] = self._use_of_leaf(node.variable, outer)
                 continue
             behind = [uses[each] for each, _ in node.next_functions if each is not None]
-            uses[node] = Use.ASKED if _runs_a_graph_of_its_own(node) else max(behind, default=Use.FORCED)
+            uses[node] = Use.ASKED if node.metadata.get(_TRAINS) else max(behind, default=Use.FORCED)
         for node in nodes:
             if not hasattr(node, "variable") and self not in node.metadata:
                 node.metadata[self] = True
@@ -326,16 +345,9 @@ def _graph(roots: list[Any]) -> list[Any]:
     return list(done)
 
 
-def _runs_a_graph_of_its_own(node: Any) -> bool:
-    """Whether a node may put gradients on parameters that are not among its inputs, as a reentrant checkpoint does."""
-    return isinstance(node, torch.autograd.function.BackwardCFunction) and is_reentrant_checkpoint(
-        node._forward_cls  # type: ignore[attr-defined]
-    )
-
-
 def _next_number() -> int:
     """The sequence number that autograd would give the next node of this thread."""
-    return int(torch._C._autograd._get_sequence_nr())  # type: ignore[attr-defined]
+    return int(torch._C._autograd._get_sequence_nr())
 
 
 def _flat(result: Any) -> list[Any]:

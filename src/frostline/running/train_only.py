@@ -87,7 +87,7 @@ class Run:
     def __init__(self, model: nn.Module, train: object, *, freeze_buffers: bool) -> None:
         self._undo = ExitStack()
         self.is_open = False
-        inner: nn.Module = model._orig_mod if isinstance(model, _optimized_module()) else model  # type: ignore[assignment]
+        inner: nn.Module = model._orig_mod if isinstance(model, _optimized_module()) else model
         names = Names(inner)
         self.model = model
         self.subset: Subset = resolve(train, inner)
@@ -128,7 +128,7 @@ class Run:
         self.frozen_modules = tuple(name for name in frozen if name not in scripted)
 
     def _note_compiled(self) -> None:
-        note = "the model is compiled: the run sets flags and keeps buffers, and what autograd keeps is up to torch.compile"
+        note = "the model is compiled: a run sets its flags and keeps its buffers, and torch.compile says what is saved"
         self.notes.append(note)
         warnings.warn(note, FrostlineWarning, stacklevel=4)
 
@@ -238,15 +238,15 @@ def _release(run: Run) -> None:
 
 
 def _refuse_slices(subset: Subset) -> None:
-    """A slice cannot be trained exactly: its tensor's gradient, and the optimizer's state and decay, are of the whole."""
+    """A slice cannot be trained exactly: gradient, optimizer state and decay are of the whole tensor."""
     if not subset.slices:
         return
     name = next(iter(subset.slices))
     entry = f"{name}{subset.slices[name][0]}"
     raise RunError(
-        f"{entry!r} is a slice of a tensor, and a run trains whole parameters only: autograd would make the gradient of "
-        f"all of {name!r}, and the optimizer would decay the frozen part. Train {name!r} as a whole, or make the slice "
-        "a Parameter of its own and have forward put the two together (torch.cat)."
+        f"{entry!r} is a slice of a tensor, and a run trains whole parameters only: autograd would make the gradient "
+        f"of all of {name!r}, and the optimizer would decay the frozen part. Train {name!r} as a whole, or make the "
+        "slice a Parameter of its own and have forward put the two together (torch.cat)."
     )
 
 

@@ -181,8 +181,9 @@ def _reach(run: Run, recorder: StepRecorder) -> Iterator[Finding]:
     if not recorder.num_backward_runs:
         yield Finding("no-backward", True, "the step ran no backward, so nothing was trained", missed)
     elif missed:
-        none = "none of the subset" if len(missed) == len(run.subset) else f"not {listed(list(missed), 4)}"
-        yield Finding("not-reached", True, f"the loss reaches {none}: trained by name, without a gradient", missed)
+        named = listed(list(missed), 4)
+        what = f"none of the subset ({named})" if len(missed) == len(run.subset) else f"only a part of it, not {named}"
+        yield Finding("not-reached", True, f"the loss reaches {what}: to train, and without a gradient", missed)
 
 
 def _gradients(run: Run, recorder: StepRecorder) -> Iterator[Finding]:
@@ -199,16 +200,12 @@ def _gradients(run: Run, recorder: StepRecorder) -> Iterator[Finding]:
     for leaf in recorder.leaves:
         if not leaf.name:
             yield _forced(leaf, recorder.ops)
-    for op, total in _wasted(recorder.ops):
-        where = op.module or "the loss"
-        why = (
-            f"{op.node} in {where} computes a gradient that autograd throws away, for a tensor that requires none "
-            f"({op.name})"
+    for op, total in _discarded(recorder.ops):
+        what = (
+            f"{op.node} in {op.module or 'the loss'} computes a gradient that autograd throws away ({op.name}), for a "
+            "tensor that requires none: have its backward ask ctx.needs_input_grad"
         )
-        if op.uses and max(op.uses) is Use.NOTHING:
-            why = f"{op.node} in {where} computes what no gradient has a part of ({op.name})"
-        hint = ": have its backward ask ctx.needs_input_grad"
-        yield Finding("discarded-gradient", True, why + hint, (op.module,), total)
+        yield Finding("discarded-gradient", True, what, (op.module,), total)
 
 
 def _forced(leaf: Leaf, ops: list[RanOp]) -> Finding:
@@ -235,15 +232,13 @@ def _priced(kind: str, what: str, names: tuple[str, ...], ops: list[RanOp], use:
     return Finding(kind, True, what, names, total)
 
 
-def _wasted(ops: list[RanOp]) -> Iterator[tuple[RanOp, int]]:
-    """Ops that cost FLOPs for a gradient that was thrown away, one for each module, node and op, with their FLOPs."""
+def _discarded(ops: list[RanOp]) -> Iterator[tuple[RanOp, int]]:
+    """Ops whose FLOPs went into a gradient that was thrown away, one for each module, node and op, with their FLOPs."""
     total: Counter[tuple[str, str, str]] = Counter()
     example: dict[tuple[str, str, str], RanOp] = {}
     for op in ops:
-        if not op.in_node or op.recomputed:
-            continue
-        wasted = sum(each for each, use in zip(op.flops, op.uses, strict=True) if use <= Use.DISCARDED)
-        if wasted and max(op.uses) <= Use.DISCARDED:
+        wasted = sum(each for each, use in zip(op.flops, op.uses, strict=True) if use is Use.DISCARDED)
+        if wasted:
             key = (op.module, op.node, op.name)
             total[key] += wasted
             example.setdefault(key, op)

@@ -44,7 +44,8 @@ def kept_storages(seen: Seen, nodes: list[Any], roots: Any, model: nn.Module) ->
         nodes: every node of the graph.
         roots: what backward starts from: the loss.
     """
-    registered = _keys([*model.parameters(), *model.buffers()])
+    parameters = list(model.parameters())
+    registered = _keys([*parameters, *model.buffers(), *(parameter.grad for parameter in parameters)])
     elsewhere = _keys([roots, *(attributes(module) for module in model.modules()), *_variables(sys._getframe(1))])
     saved = _keys([each for node in nodes for each in saved_by(node)])
     candidates = {**seen.found, **seen.made}

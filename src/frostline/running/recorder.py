@@ -98,7 +98,7 @@ class StepRecorder(TorchDispatchMode):
         self._stack: list[str] = []
         self._node_numbers: list[int] = []  # from this sequence number on, nodes are made in ...
         self._node_modules: list[str] = []  # ... this module
-        self._came_from: dict[int, str] = {}  # storages of tensors that require grad though nothing behind them does
+        self._came_from: dict[int, str] = {}  # storages of tensors without a graph: the innermost module they left
         self._frames: dict[Any, _Frame] = {}  # nodes that run, by sequence number
         self._marks: dict[int, tuple[StorageWeakRef, set[_Mark]]] = {}
         self._depth = 0  # of runs of autograd's engine within each other
@@ -146,10 +146,8 @@ class StepRecorder(TorchDispatchMode):
             self._stack.pop()
             self._note_module()
         for tensor in tensors_in(result):
-            if tensor.requires_grad and tensor.is_leaf:
-                key = storage_key(tensor)
-                if key is not None:
-                    self._came_from.setdefault(key, name)
+            if tensor.grad_fn is None:  # something may make it require grad yet
+                self._came_from.setdefault(_key(tensor), name)
         return result
 
     def _note_module(self) -> None:
@@ -200,14 +198,12 @@ class StepRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self._depth:
-            self._seen.given((args, kwargs))
+        self._seen.given((args, kwargs))
         if self._touches:
             self._touched(any(_key(tensor) in self._trained_keys for tensor in tensors_in((args, kwargs))))
         result = op(*args, **kwargs)
-        if not self._depth:
-            self._seen.returned(result)
-        elif op.namespace not in UNSEEN:
+        self._seen.returned(result)
+        if self._depth and op.namespace not in UNSEEN:
             self._record(op, args, kwargs, result)
         return result
 
@@ -289,9 +285,7 @@ class StepRecorder(TorchDispatchMode):
             return Use.FOREIGN
         if outer is not None:  # what a checkpoint detached: its gradient goes on outside
             return max(outer.uses, default=Use.FORCED)
-        key = storage_key(variable)
-        module = "" if key is None else self._came_from.get(key, "")
-        self.leaves[Leaf("", module, tuple(variable.shape))] = None
+        self.leaves[Leaf("", self._came_from.get(_key(variable), ""), tuple(variable.shape))] = None
         return Use.FORCED
 
     def _follow(self, node: Any, uses: list[Use]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import frostline as fl
+from tests.zoo.libraries import enable_checkpoints
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -21,7 +22,7 @@ def lora_llama(checkpointing: bool) -> tuple[Any, torch.Tensor]:
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpoints(model, use_reentrant=False)
     lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], layers_to_transform=[2], init_lora_weights=False)
     return peft.get_peft_model(model, lora), torch.randint(50, (2, 6))
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.zoo.libraries import enable_checkpoints
 
 import frostline as fl
-from tests.zoo.libraries import enable_checkpoints
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

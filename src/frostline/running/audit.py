@@ -223,7 +223,7 @@ def _forced(leaf: Leaf, ops: list[RanOp]) -> Finding:
 
 def _priced(kind: str, what: str, names: tuple[str, ...], ops: list[RanOp], use: Use) -> Finding:
     """A finding with its price: the ops that ran for this use and for no better one."""
-    paid = [op for op in ops if op.in_node and not op.recomputed and max(op.uses, default=Use.NOTHING) is use]
+    paid = [op for op in ops if op.in_node and max(op.uses, default=Use.NOTHING) is use]
     total = sum(each for op in ops for each, for_ in zip(op.flops, op.uses, strict=True) if for_ is use)
     where = list(dict.fromkeys(op.module or "the loss" for op in paid if any(op.flops)))
     if paid:

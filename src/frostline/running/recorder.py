@@ -35,7 +35,10 @@ class Use(IntEnum):
 
 @dataclass(eq=False, slots=True)
 class RanOp:
-    """One op call of the backward: per output its FLOPs and its use; ``mask`` says which outputs there were."""
+    """One op call of the backward: per output its FLOPs and its use; ``mask`` says which outputs there were.
+
+    What a checkpoint recomputes is of use to whatever the node that asked for it is.
+    """
 
     name: str
     node: str
@@ -52,6 +55,7 @@ class _Frame:
     """One autograd node while it runs."""
 
     module: str
+    use: Use  # of all that it does
     uses: list[Use]  # of each of its slots
     ops: list[RanOp] = field(default_factory=list)
 
@@ -221,7 +225,7 @@ class StepRecorder(TorchDispatchMode):
             module=module,
             mask=tuple(output is not None for output in outputs),
             flops=counted or (0,) * len(outputs),
-            uses=[Use.NOTHING] * len(outputs),
+            uses=[frame.use if frame is not None and self._recomputing else Use.NOTHING] * len(outputs),
             recomputed=self._recomputing > 0,
             in_node=frame is not None,
         )
@@ -274,7 +278,7 @@ class StepRecorder(TorchDispatchMode):
             if not hasattr(node, "variable") and self not in node.metadata:
                 node.metadata[self] = True
                 slots = [Use.DISCARDED if each is None else uses[each] for each, _ in node.next_functions]
-                self._follow(node, slots)
+                self._follow(node, uses[node], slots)
 
     def _use_of_leaf(self, variable: Tensor, outer: _Frame | None) -> Use:
         if id(variable) in self._trained_ids:
@@ -288,12 +292,12 @@ class StepRecorder(TorchDispatchMode):
         self.leaves[Leaf("", self._came_from.get(_key(variable), ""), tuple(variable.shape))] = None
         return Use.FORCED
 
-    def _follow(self, node: Any, uses: list[Use]) -> None:
+    def _follow(self, node: Any, use: Use, uses: list[Use]) -> None:
         number = node._sequence_nr()
         module = self._module_of(number)
 
         def enter(_: Any) -> None:
-            self._frames[number] = _Frame(module, uses)
+            self._frames[number] = _Frame(module, use, uses)
 
         def leave(gradients: Any, _: Any) -> None:
             frame = self._frames.pop(number, None)

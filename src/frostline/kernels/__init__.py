@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-__all__ = ["fallbacks", "kernels_active", "lean_kernels"]
+__all__ = ["fallbacks", "kernels_active", "lean_kernels", "settle"]
 
 
 @contextmanager
@@ -22,3 +22,7 @@ def kernels_active() -> bool:
 def fallbacks() -> Mapping[str, Mapping[str, int]]:
     """Which ops ran by eager's own kernel because their case is not covered: op -> why -> how often."""
     return {}
+
+
+def settle() -> None:
+    """Pack all that can be packed, wherever it is held."""

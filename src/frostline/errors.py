@@ -47,7 +47,7 @@ class UncountedOpError(FrostlineError):
 
 
 class RunError(FrostlineError):
-    """A train-only run cannot begin, or is used after its end or in the wrong thread."""
+    """A train-only run cannot begin, or is used after its end."""
 
 
 class AuditError(RunError):

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from frostline.costing.formulas import flops
+from frostline.kernels import settle
 from frostline.probing.attribution import storage_key
 from frostline.running.kept import Seen, kept_storages
 from frostline.tracing.calls import UNSEEN, makes_constant, tensors_in, written
@@ -262,6 +263,7 @@ class StepRecorder(TorchDispatchMode):
         if not self._depth:
             self.num_backward_runs += 1
             gc.collect()
+            settle()
             kept = kept_storages(self._seen, nodes, roots, self.model)
             if sum(kept.values()) > sum(self.kept.values()):
                 self.kept = kept

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
+    "AuditError",
     "FitError",
     "FrostlineError",
+    "FrostlineWarning",
     "OptimizerError",
+    "RunError",
     "SubsetError",
     "TargetError",
     "TraceError",
@@ -39,3 +44,19 @@ class FitError(FrostlineError):
 
 class UncountedOpError(FrostlineError):
     """An op has no count, so that a total would be too low."""
+
+
+class RunError(FrostlineError):
+    """A train-only run cannot begin, or is used after its end."""
+
+
+class AuditError(RunError):
+    """A step did more than its plan, and the audit was strict. ``audit`` holds what was found."""
+
+    def __init__(self, message: str, audit: Any = None) -> None:
+        super().__init__(message)
+        self.audit = audit
+
+
+class FrostlineWarning(UserWarning):
+    """Something is done otherwise than asked, and goes on."""

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from frostline.costing.formulas import flops
 from frostline.measuring.loop import Loop
+from frostline.probing.storages import attributes, leaves, living, storages_of
 
 
 @dataclass(frozen=True)
@@ -121,11 +119,11 @@ class _Watch(TorchDispatchMode):
         gc.collect()
         registered = {s._cdata for s in storages_of([*self.loop.model.parameters(), *self.loop.model.buffers()])}
         seen = {**self._found, **self._made}  # not in it: the number of x * 2.0, which autograd keeps as a tensor
-        kept = [h.tensor for h in self._held] + list(_leaves(loss))
+        kept = [h.tensor for h in self._held] + list(leaves(loss))
         held = {s._cdata for s in storages_of(kept)} & set(seen)
-        left = {s._cdata for s in storages_of([loss, *(_attributes(m) for m in self.loop.model.modules())])}
-        made = {key for key, _ in _living(self._made)} - left
-        return sum(s.nbytes() for key, s in _living(seen) if key in (held | made) - registered)
+        left = {s._cdata for s in storages_of([loss, *(attributes(m) for m in self.loop.model.modules())])}
+        made = {key for key, _ in living(self._made)} - left
+        return sum(s.nbytes() for key, s in living(seen) if key in (held | made) - registered)
 
     def other(self) -> dict[int, int]:
         """Storages that were there before and still are, by the address of their memory."""
@@ -133,28 +131,8 @@ class _Watch(TorchDispatchMode):
         known = [*loop.model.parameters(), *loop.model.buffers(), loop.args, loop.kwargs]
         known += [p.grad for p in loop.model.parameters() if p.grad is not None]
         keys = {s._cdata for s in storages_of(known)}
-        found = [storage for key, storage in _living(self._found) if key not in keys]
+        found = [storage for key, storage in living(self._found) if key not in keys]
         return {s.data_ptr(): s.nbytes() for s in found if s.nbytes() and s.data_ptr()}
-
-
-def _leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The tensors whose ``.grad`` the graph behind ``loss`` would fill."""
-    seen: set[Any] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        stack.extend(behind for behind, _ in node.next_functions)
-
-
-def _attributes(module: nn.Module) -> list[Any]:
-    """What a module has besides its parameters, buffers and modules."""
-    registered = ("_parameters", "_buffers", "_modules")
-    return [value for name, value in vars(module).items() if name not in registered]
 
 
 def _flat(out: Any) -> tuple[Tensor | None, ...]:
@@ -162,22 +140,3 @@ def _flat(out: Any) -> tuple[Tensor | None, ...]:
     if isinstance(out, (tuple, list)):
         return tuple(each for item in out for each in _flat(item))
     return (out,) if isinstance(out, Tensor) else (None,)
-
-
-def storages_of(value: Any) -> Iterator[torch.UntypedStorage]:
-    """The storage of every tensor in ``value``; of a sparse one, of its indices and values."""
-    for leaf in tree_leaves(value):
-        if not isinstance(leaf, Tensor):
-            continue
-        if leaf.layout is torch.sparse_coo:
-            yield from storages_of([leaf._indices(), leaf._values()])
-            continue
-        with contextlib.suppress(NotImplementedError, RuntimeError):  # other layouts have no storage of their own
-            yield leaf.untyped_storage()
-
-
-def _living(references: dict[int, StorageWeakRef]) -> Iterator[tuple[int, torch.UntypedStorage]]:
-    for key, reference in references.items():
-        storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
-        if storage is not None:
-            yield key, storage

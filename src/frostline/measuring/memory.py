@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frostline.measuring.counting import storages_of
 from frostline.measuring.loop import PHASES, Loop
+from frostline.probing.storages import storages_of
 
 _MARK = "frostline: "
 

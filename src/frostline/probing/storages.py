@@ -1,0 +1,51 @@
+"""Which storages there are: those of tensors, those still alive, and those a graph or a module holds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+
+def storages_of(value: Any) -> Iterator[torch.UntypedStorage]:
+    """The storage of every tensor in ``value``; of a sparse one, of its indices and values."""
+    for leaf in tree_leaves(value):
+        if not isinstance(leaf, Tensor):
+            continue
+        if leaf.layout is torch.sparse_coo:
+            yield from storages_of([leaf._indices(), leaf._values()])
+            continue
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # other layouts have no storage of their own
+            yield leaf.untyped_storage()
+
+
+def living(references: dict[int, StorageWeakRef]) -> Iterator[tuple[int, torch.UntypedStorage]]:
+    for key, reference in references.items():
+        storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+        if storage is not None:
+            yield key, storage
+
+
+def leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The tensors whose ``.grad`` the graph behind ``loss`` would fill."""
+    seen: set[Any] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        stack.extend(behind for behind, _ in node.next_functions)
+
+
+def attributes(module: nn.Module) -> list[Any]:
+    """What a module has besides its parameters, buffers and modules."""
+    registered = ("_parameters", "_buffers", "_modules")
+    return [value for name, value in vars(module).items() if name not in registered]

@@ -1,0 +1,1 @@
+"""Training a subset: what is frozen stays as it is, and what is trained costs what was asked for."""

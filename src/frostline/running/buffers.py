@@ -1,0 +1,160 @@
+"""Keeping the buffers of frozen modules from drifting.
+
+Freezing a batch norm's weight does not freeze it: in train mode its running statistics go on moving, and with them what
+it computes in eval mode. So does spectral norm's power iteration, or a codebook kept by a moving average. Putting
+buffers back after the fact is no way out: what autograd saved of them would change under it. Instead such a module is
+lent stand-ins for its buffers while it is being called, and writes to those.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from frostline.subsets.names import within
+
+
+def wholly_frozen(model: nn.Module, trained: set[int]) -> dict[str, nn.Module]:
+    """The modules with buffers in which nothing trains, by name.
+
+    A module goes by its own parameters; without any, by those of the modules inside it; and where there are none either
+    (a batch norm without ``affine``, a parametrization), by those of its neighbour: the last module before it that has
+    parameters, or else the first after it, inside the smallest module around both.
+
+    Args:
+        trained: ``id`` of every trained parameter.
+    """
+    modules = dict(model.named_modules())
+    own = {name: [id(p) for p in module._parameters.values() if p is not None] for name, module in modules.items()}
+    return {
+        name: module
+        for name, module in modules.items()
+        if lasting_buffers(module) and trained.isdisjoint(_decisive(name, own))
+    }
+
+
+def lasting_buffers(module: nn.Module) -> list[str]:
+    """The buffers of its own that ``state_dict`` would save; the others are a module's cache, to renew as it likes."""
+    passing = module._non_persistent_buffers_set
+    return [name for name, buffer in module._buffers.items() if buffer is not None and name not in passing]
+
+
+def _decisive(name: str, own: Mapping[str, list[int]]) -> list[int]:
+    """The parameters that say whether module ``name`` is frozen."""
+    if own[name]:
+        return own[name]
+    inside = [each for module, ids in own.items() if within(module, name) for each in ids]
+    if inside:
+        return inside
+    around = name
+    while around:
+        around = around.rpartition(".")[0]
+        order = [module for module, ids in own.items() if within(module, around) and (ids or module == name)]
+        if len(order) > 1:
+            at = order.index(name)
+            return own[order[at - 1] if at else order[1]]
+    return []
+
+
+@dataclass
+class _Call:
+    """A module that is being called: what it has lent away, and how many calls of it are open."""
+
+    module: nn.Module
+    buffers: dict[str, Tensor | None]
+    depth: int = 1
+
+    def give_back(self) -> None:
+        self.module._buffers.update(self.buffers)
+
+
+class Guard:
+    """Lends every module that it watches stand-ins for its buffers, call by call.
+
+    Calls of one module may be nested or run in several threads: they share the stand-ins, and the last one out gives
+    the buffers back. The hooks get the module, so they serve the replicas of ``nn.DataParallel`` too; a deep copy or
+    a pickled copy of the model carries hooks that do nothing.
+    """
+
+    def __init__(self) -> None:
+        self.active = True
+        self._calls: dict[int, _Call] = {}
+        self._lock = threading.RLock()
+
+    def __deepcopy__(self, memo: Any) -> Guard:
+        return _inert_guard()
+
+    def __reduce__(self) -> Any:
+        return _inert_guard, ()
+
+    def watch(self, module: nn.Module, later: Callable[..., object]) -> None:
+        """Put the hooks on; ``later(function)`` has them taken off at the end.
+
+        Ours goes first: the old ``spectral_norm`` is itself a hook that writes buffers.
+        """
+        later(module.register_forward_pre_hook(self.before, prepend=True).remove)
+        later(module.register_forward_hook(self.after, prepend=True, always_call=True).remove)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        with self._locked():
+            call = self._calls.get(id(module))
+            if call is not None:
+                call.depth += 1
+            elif self.active and module.training:  # in eval mode modules read their buffers, and autograd keeps them
+                lent = {name: module._buffers[name] for name in lasting_buffers(module)}
+                self._calls[id(module)] = _Call(module, lent)
+                module._buffers.update(_stand_ins(module, lent, args))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        with self._locked():
+            call = self._calls.get(id(module))
+            if call is None:
+                return
+            call.depth -= 1
+            if call.depth == 0:
+                del self._calls[id(module)]
+                call.give_back()
+
+    def close(self) -> None:
+        """Give back whatever is still lent: an interrupt may have torn a call."""
+        with self._locked():
+            self.active = False
+            for call in self._calls.values():
+                call.give_back()
+            self._calls.clear()
+
+    def _locked(self) -> Any:
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
+
+
+def _inert_guard() -> Guard:
+    guard = Guard()
+    guard.active = False
+    return guard
+
+
+def _stand_ins(module: nn.Module, lent: dict[str, Tensor | None], args: tuple[Any, ...]) -> dict[str, Tensor | None]:
+    """What a module gets in place of its buffers: copies; nothing where it would only write to them."""
+    if _only_writes(module, args):
+        return dict.fromkeys(lent)
+    return {name: None if buffer is None else buffer.clone() for name, buffer in lent.items()}
+
+
+def _only_writes(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether a module is a norm of torch's, whose train mode reads no buffer: autograd would keep copies for nothing.
+
+    Without a weight only the buffers tell it that an input has the wrong number of channels.
+    """
+    if not isinstance(module, (_BatchNorm, _InstanceNorm)) or "forward" in vars(module):
+        return False
+    if type(module).forward not in (_BatchNorm.forward, _InstanceNorm.forward):
+        return False
+    return module.affine or (len(args) == 1 and args[0].dim() > 1 and args[0].shape[1] == module.num_features)

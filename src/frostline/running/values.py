@@ -1,0 +1,31 @@
+"""Whether tensors changed, by their values: versions do not see fused optimizers, running statistics or ``.data``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, bytes | None]:
+    """A checksum of each tensor's bits, by name; None where they cannot be read (on ``meta``, say)."""
+    return {name: _digest(tensor) for name, tensor in tensors}
+
+
+def changed(before: Mapping[str, bytes | None], after: Mapping[str, bytes | None]) -> list[str]:
+    """The names whose tensor changed, came or went."""
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def _digest(tensor: Tensor) -> bytes | None:
+    parts = [tensor._indices(), tensor._values()] if tensor.layout is torch.sparse_coo else [tensor]
+    digest = hashlib.blake2b(str((tuple(tensor.shape), tensor.dtype)).encode())
+    try:
+        for part in parts:
+            plain = part.detach().resolve_conj().resolve_neg().contiguous()
+            digest.update(plain.reshape(-1).view(torch.uint8).cpu().numpy().data)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None
+    return digest.digest()

@@ -1,0 +1,308 @@
+"""Buffers of wholly frozen modules stay to the bit, while outputs stay what train mode computes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import frostline as fl
+from frostline.running.buffers import wholly_frozen
+
+
+class Codebook(nn.Module):
+    """Quantises by a codebook that it moves by itself: in place, by assignment, and past autograd's eyes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(5, 4))
+        self.register_buffer("counts", torch.zeros(5))
+        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = torch.cdist(x, self.codes).argmin(dim=1)
+        if self.training:
+            self.steps += 1
+            self.counts = self.counts * 0.9 + torch.bincount(nearest, minlength=5)
+            self.codes.data.mul_(0.9)
+            self.cache = self.cache + 1
+        return x * self.codes[nearest] * self.steps
+
+
+class Scaled(nn.Module):
+    """Reads, in the same call, what it wrote: autograd saves the buffer as it was then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.scale.mul_(2.0)
+        return x * self.scale
+
+
+SHAPES = {2: (6, 4), 3: (6, 4, 5), 4: (6, 4, 5, 5)}
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "batch norm 1d": (lambda: nn.BatchNorm1d(4), 2),
+    "batch norm 1d, three dimensions": (lambda: nn.BatchNorm1d(4), 3),
+    "batch norm 2d": (lambda: nn.BatchNorm2d(4), 4),
+    "no affine": (lambda: nn.BatchNorm2d(4, affine=False), 4),
+    "no affine 1d": (lambda: nn.BatchNorm1d(4, affine=False), 2),
+    "cumulative average": (lambda: nn.BatchNorm2d(4, momentum=None), 4),
+    "no statistics": (lambda: nn.BatchNorm2d(4, track_running_stats=False), 4),
+    "instance norm": (lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), 4),
+    "instance norm, no affine": (lambda: nn.InstanceNorm2d(4, track_running_stats=True), 4),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), 2),
+    "spectral norm, convolution": (lambda: parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), 4),
+    "spectral norm, old": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), 2),
+    "codebook": (Codebook, 2),
+    "scaled": (Scaled, 2),
+}
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, dims = MODULES[name]
+    x = torch.randn(SHAPES[dims])
+    first = nn.Linear(x.shape[-1], x.shape[-1])
+    return nn.ModuleDict({"first": first, "frozen": make(), "last": nn.LazyLinear(2)}), x
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    return model["last"](model["frozen"](model["first"](x)).flatten(1))
+
+
+def materialised(name: str) -> tuple[nn.Module, Tensor]:
+    model, x = build(name)
+    model.eval()
+    run(model, x)
+    return model.train(), x
+
+
+WITH_THEIR_NEIGHBOUR = {"no affine", "no affine 1d", "instance norm, no affine", "codebook", "scaled"}
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [(name, "last") for name in MODULES]
+    + [(name, "first.bias") for name in MODULES if name not in WITH_THEIR_NEIGHBOUR],
+)
+def test_buffers_stay_and_outputs_and_gradients_are_those_of_train_mode(name: str, trained: str):
+    model, x = materialised(name)
+    plain, _ = materialised(name)
+    plain.load_state_dict(model.state_dict())
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    initial = {n: b.clone() for n, b in plain.state_dict().items()}
+    for n, p in plain.named_parameters():
+        p.requires_grad_(n.startswith(trained))
+    with fl.train_only(model, trained):
+        for _ in range(3):
+            plain.load_state_dict(initial)  # plain PyTorch's own first step, each time
+            plain["frozen"].cache = torch.zeros(1)
+            expected, got = run(plain, x), run(model, x)
+            assert torch.equal(got, expected)
+            model.zero_grad()
+            plain.zero_grad()
+            got.square().sum().backward()
+            expected.square().sum().backward()
+            for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+                assert (ours.grad is None) == (theirs.grad is None)
+                assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+    for n, b in model.named_buffers():
+        if "cache" not in n:
+            assert torch.equal(b, before[n]), n
+
+
+def test_freeze_buffers_off_lets_them_move_as_in_plain_pytorch():
+    model, x = materialised("batch norm 2d")
+    with fl.train_only(model, "last", freeze_buffers=False) as made:
+        run(model, x)
+    assert made.frozen_modules == ()
+    assert model["frozen"].num_batches_tracked == 1
+
+
+def test_a_cache_that_state_dict_leaves_out_may_be_renewed():
+    model, x = materialised("codebook")
+    with fl.train_only(model, "last"):
+        run(model, x)
+        run(model, x)
+    assert model["frozen"].cache == 2
+
+
+def test_a_norm_whose_bias_trains_keeps_its_statistics_moving():
+    model, x = materialised("batch norm 2d")
+    with fl.train_only(model, "frozen.bias") as made:
+        run(model, x)
+    assert "frozen" not in made.frozen_modules
+    assert model["frozen"].num_batches_tracked == 1
+
+
+def test_eval_mode_reads_the_statistics():
+    model, x = materialised("batch norm 2d")
+    run(model, x)
+    model.eval()
+    expected = run(model, x)
+    with fl.train_only(model, "last"):
+        assert torch.equal(run(model, x), expected)
+        model.train()
+        assert not torch.equal(run(model, x), expected)
+        model.eval()
+        assert torch.equal(run(model, x), expected)
+
+
+def test_a_wrong_number_of_channels_raises_as_in_plain_pytorch():
+    for affine in (True, False):
+        model = nn.Sequential(nn.BatchNorm2d(4, affine=affine), nn.Conv2d(5, 1, 1))
+        with fl.train_only(model, "1"), pytest.raises(RuntimeError):
+            model(torch.randn(2, 5, 3, 3))
+
+
+# -- how modules are called --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["batch norm 2d", "spectral norm", "codebook"])
+def test_checkpoints_run_it_again_in_backward(name: str, reentrant: bool):
+    model, x = materialised(name)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    x.requires_grad_()
+    with fl.train_only(model, "last"):
+        middle = checkpoint(model["frozen"], x, use_reentrant=reentrant)
+        model["last"](middle.flatten(1)).sum().backward()
+    assert model["last"].weight.grad is not None
+    assert x.grad is not None
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers() if "cache" not in n)
+
+
+def test_a_module_called_several_times_a_step():
+    for name in ("batch norm 2d", "spectral norm", "codebook"):
+        model, x = materialised(name)
+        before = {n: b.clone() for n, b in model.named_buffers()}
+        with fl.train_only(model, "last"):
+            middle = sum(model["frozen"](x * scale) for scale in (1.0, 2.0, 3.0))
+            model["last"](middle.flatten(1)).sum().backward()
+        assert all(torch.equal(b, before[n]) for n, b in model.named_buffers() if "cache" not in n)
+
+
+class Recursive(nn.Module):
+    """Calls itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: Tensor, depth: int = 3) -> Tensor:
+        self.calls += 1
+        return self(x, depth - 1) if depth else x * self.calls
+
+
+def test_a_module_that_calls_itself_sees_its_own_writes():
+    model = nn.Sequential(nn.Linear(4, 4), Recursive(), nn.Linear(4, 1))
+    with fl.train_only(model, "2"):
+        x = torch.randn(2, 4)
+        assert torch.equal(model[1](x), x * 4)
+        assert torch.equal(model[1](x), x * 4)
+    assert model[1].calls == 0
+
+
+def test_threads_that_call_one_module_at_once():
+    model, x = materialised("codebook")
+    expected = model["frozen"](x)  # (plain: the first call)
+    model, x = materialised("codebook")
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    identities = [id(b) for n, b in model.named_buffers() if "cache" not in n]
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(200):
+                model["frozen"](x)
+        except BaseException as error:
+            errors.append(error)
+
+    with fl.train_only(model, "last"):
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.equal(model["frozen"](x), expected)
+    assert not errors
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers() if "cache" not in n)
+    assert [id(b) for n, b in model.named_buffers() if "cache" not in n] == identities
+
+
+def test_replicas_that_share_buffers_do_not_write_them():
+    """What ``nn.DataParallel`` makes for its first device."""
+    model, x = materialised("codebook")
+    with fl.train_only(model, "last"):
+        replica = model["frozen"]._replicate_for_data_parallel()
+        replica(x)
+    assert model["frozen"].steps == 0
+    assert torch.equal(model["frozen"].counts, torch.zeros(5))
+
+
+def test_functional_call_with_buffers_of_the_users_own():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
+    given = {n: t.clone() for n, t in model.state_dict().items()}
+    with fl.train_only(model, "1"):
+        torch.func.functional_call(model, given, (torch.randn(6, 4),))
+        own = [id(b) for b in model.buffers()]
+    assert given["0.num_batches_tracked"] == 0
+    assert [id(b) for b in model.buffers()] == own
+
+
+# -- which modules are wholly frozen -----------------------------------------------------------------------------------
+
+
+def frozen(model: nn.Module, trained: str) -> list[str]:
+    return list(wholly_frozen(model, {id(p) for n, p in model.named_parameters() if n.startswith(trained)}))
+
+
+def plain_norm() -> nn.Module:
+    return nn.BatchNorm2d(2, affine=False)
+
+
+def test_a_module_goes_by_its_own_parameters():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    assert frozen(model, "0") == ["1"]
+    assert frozen(model, "1.bias") == []
+
+
+def test_a_module_without_parameters_goes_with_the_last_before_it_or_the_first_after():
+    conv = nn.Conv2d(2, 2, 1)
+    model = nn.Sequential(plain_norm(), conv, plain_norm(), nn.Conv2d(2, 2, 1))
+    assert frozen(model, "1") == []
+    assert frozen(model, "3") == ["0", "2"]
+    assert frozen(model, "no such") == ["0", "2"]
+
+
+def test_the_neighbour_is_looked_for_in_the_smallest_module_around():
+    block = nn.Sequential(plain_norm(), nn.Conv2d(2, 2, 1))
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), block, nn.Sequential(nn.Sequential(plain_norm())))
+    assert frozen(model, "0") == ["1.0", "2.0.0"]
+    assert frozen(model, "1") == []
+
+
+def test_a_parametrization_goes_with_the_weight_that_it_changes():
+    model = nn.Sequential(nn.Linear(2, 2), parametrizations.spectral_norm(nn.Linear(2, 2)), nn.Linear(2, 2))
+    assert frozen(model, "0") == ["1.parametrizations.weight.0"]
+    assert frozen(model, "2") == ["1.parametrizations.weight.0"]
+    assert frozen(model, "1.bias") == ["1.parametrizations.weight.0"]
+    assert frozen(model, "1.parametrizations") == []
+
+
+def test_a_container_with_buffers_goes_by_what_is_inside():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    model[1].register_buffer("count", torch.tensor(0))
+    model.register_buffer("mean", torch.zeros(2))
+    assert frozen(model, "0") == ["1"]
+    assert frozen(model, "1") == []

@@ -36,8 +36,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import frostline as fl
 from frostline.costing.formulas import flops
-from frostline.kernels import lean_kernels
 
 Method = Literal["freeze", "optimizer-only", "backward-inputs", "train-only"]
 METHODS: tuple[Method, ...] = ("freeze", "optimizer-only", "backward-inputs", "train-only")
@@ -88,7 +88,7 @@ def measure(
     model = copy.model
     trained = _set_flags(model, train, method)
     recorder = _Recorder(model)
-    with _kernels(method), recorder:
+    with _run(model, train, method), recorder:
         loss = copy.run()
         recorder.phase = "backward"
         _run_backward(loss, trained, method)
@@ -117,8 +117,8 @@ def _set_flags(model: nn.Module, train: Collection[str], method: Method) -> list
     return trained
 
 
-def _kernels(method: Method) -> contextlib.AbstractContextManager[Any]:
-    return lean_kernels() if method == "train-only" else contextlib.nullcontext()
+def _run(model: nn.Module, train: Collection[str], method: Method) -> contextlib.AbstractContextManager[Any]:
+    return fl.train_only(model, list(train)) if method == "train-only" else contextlib.nullcontext()
 
 
 def _run_backward(loss: Tensor, trained: list[nn.Parameter], method: Method) -> None:
@@ -217,7 +217,7 @@ def _saved_bytes(case: Case, train: Collection[str], method: Method) -> int:
         for tensor in _tensors(copy.inputs):
             seen.see(tensor)
         _see_registered(excluded, copy.model)
-        with _kernels(method), _SeeEverything(seen):
+        with _run(copy.model, train, method), _SeeEverything(seen):
             loss = copy.run()
         _see_registered(excluded, copy.model)
         root = loss.grad_fn

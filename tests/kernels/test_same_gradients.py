@@ -56,7 +56,9 @@ def test_values_next_to_a_bound(dtype: torch.dtype, bound: float) -> None:
     x = torch.tensor([bound, -bound], dtype=dtype).repeat_interleave(5)
     for i, step in enumerate((-2, -1, 0, 1, 2)):
         for _ in range(abs(step)):
-            x[i::5] = torch.nextafter(x[i::5].float(), torch.tensor(step * 9.0)).to(dtype) if dtype != DTYPES[1] else x[i::5]
+            x[i::5] = (
+                torch.nextafter(x[i::5].float(), torch.tensor(step * 9.0)).to(dtype) if dtype != DTYPES[1] else x[i::5]
+            )
     assert_same(lambda x: F.threshold(x, bound, 7), x.clone().requires_grad_())
     assert_same(lambda x: F.hardtanh(x, -bound, bound), x.clone().requires_grad_())
 

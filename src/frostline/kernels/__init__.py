@@ -9,4 +9,14 @@ from . import activation, convolution, dropout, normalization, pooling  # noqa: 
 from .holders import Holder, settle
 from .lean import LeanKernels, fallbacks, holders, kernels_active, lean_kernels, replaced_ops, watched_kernels
 
-__all__ = ["Holder", "LeanKernels", "fallbacks", "holders", "kernels_active", "lean_kernels", "replaced_ops", "settle", "watched_kernels"]
+__all__ = [
+    "Holder",
+    "LeanKernels",
+    "fallbacks",
+    "holders",
+    "kernels_active",
+    "lean_kernels",
+    "replaced_ops",
+    "settle",
+    "watched_kernels",
+]

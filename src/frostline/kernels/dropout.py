@@ -27,7 +27,7 @@ class Dropout(Kernel):
             ctx.looks = Looks.of(noise)
             with aside(noise):
                 current_run().save(ctx, pack_bits(noise, lambda value: value != 0))
-            noise.div_(1 - p)
+            torch.ops.aten.div_.Scalar(noise, 1 - p)
             if not op._schema.is_mutable:
                 return input * noise
             ctx.mark_dirty(input)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .unseen import unseen
+from .unseen import aside
 
 
 class Kernel(torch.autograd.Function):
@@ -40,21 +40,20 @@ class below_autograd:  # noqa: N801
 
 
 def anchor(beside: Tensor) -> Tensor:
-    with unseen():
+    with aside(beside):
         return torch.empty(0, dtype=beside.dtype)
 
 
 class _Tied(Kernel):
     @staticmethod
     def forward(ctx: Any, stand_in: Tensor, anchor: Tensor) -> Tensor:
-        ctx.dtype = anchor.dtype
-        with unseen():
+        ctx.save_for_backward(anchor)
+        with aside(stand_in):
             return stand_in.detach()
 
     @staticmethod
     def backward(ctx: Any, _gradient: Tensor) -> tuple[None, Tensor]:
-        with unseen():
-            return None, torch.zeros(0, dtype=ctx.dtype)
+        return None, torch.zeros_like(*ctx.saved_tensors)
 
 
 def tied(stand_in: Tensor, anchor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .function import Kernel, anchor, below_autograd, tied, wanted
+from .function import Kernel, below_autograd, wanted
 from .lean import replaces
 from .unread import Looks, unread
 
@@ -32,19 +32,16 @@ class EvalBatchNorm(Kernel):
         with below_autograd():
             result, *others = op(input, weight, bias, mean, var, *how)
         ctx.mark_non_differentiable(*others)
-        tie = anchor(input)
-        ctx.save_for_backward(weight, mean, var, *others[:2], tie)
-        return result, *others, tie
+        ctx.save_for_backward(weight, mean, var, *others[:2])
+        return result, *others
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, *rest: Tensor | None) -> Any:
-        weight, mean, var, save_mean, save_invstd, tie = ctx.saved_tensors
-        if gradient is None and rest[-1] is not None:
-            gradient = torch.zeros(ctx.looks.shape, dtype=ctx.looks.dtype, device=mean.device)
+    def backward(ctx: Any, gradient: Tensor | None, *_of_statistics: None) -> Any:
+        saved = ctx.saved_tensors
         if gradient is None:
             return (None,) * 9
-        input = tied(unread(ctx.looks, gradient), tie)
-        found = _backward(gradient, input, weight, mean, var, save_mean, save_invstd, False, ctx.eps, wanted(ctx)[1:4])
+        input = unread(ctx.looks, gradient)
+        found = _backward(gradient, input, *saved, False, ctx.eps, wanted(ctx)[1:4])
         return (None, *found, *(None,) * 5)
 
 
@@ -54,5 +51,4 @@ def batch_norm(
 ) -> Any:
     if training or (weight is not None and weight.requires_grad):
         return NotImplemented
-    *results, _anchor = EvalBatchNorm.run(op, input, weight, bias, mean, var, training, *how)
-    return tuple(results)
+    return EvalBatchNorm.run(op, input, weight, bias, mean, var, training, *how)

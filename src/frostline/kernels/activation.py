@@ -86,7 +86,7 @@ def _backward(op: Any, gradient: Tensor, kept: Tensor, args: Sequence[Any], *, s
     if spent and alike and not torch.is_grad_enabled() and "grad_input" in op.overloads():
         return op.grad_input(gradient, kept, *args, grad_input=kept)  # type: ignore[no-any-return]
     found = op(gradient, kept, *args)
-    return found if isinstance(found, Tensor) else found[0]  # type: ignore[no-any-return]
+    return found if isinstance(found, Tensor) else found[0]
 
 
 def _run(op: Any, gate: Gate, input: Tensor, *how: Any) -> Any:

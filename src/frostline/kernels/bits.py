@@ -81,7 +81,7 @@ def _unpack_nothing(bits: Tensor, size: Sequence[int], stride: Sequence[int], dt
 def _over(rows: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The memory of ``rows`` in another shape: no view, so that the engine may add to it in place."""
     empty = rows.new_empty(0, dtype=dtype)
-    return empty.set_(rows.untyped_storage(), 0, size, stride)  # type: ignore[call-overload,no-any-return]
+    return empty.set_(rows.untyped_storage(), 0, size, stride)
 
 
 _library.impl("unpack_bits", _unpack_nothing, "Meta")

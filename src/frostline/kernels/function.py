@@ -20,11 +20,11 @@ class Kernel(torch.autograd.Function):
     @classmethod
     def run(cls, *args: Any) -> Any:
         """``apply``, unseen by whoever watches the user's own Functions."""
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 class below_autograd:  # noqa: N801
-    """As eager's own autograd kernels run an op: below autograd, and in grad mode, by which some choose an algorithm."""
+    """As eager's own autograd kernels run an op: below autograd, in the grad mode by which some choose an algorithm."""
 
     __slots__ = ("_grad_mode", "_guard")
 
@@ -58,7 +58,7 @@ class _Tied(Kernel):
 
 def tied(stand_in: Tensor, anchor: Tensor) -> Tensor:
     """``stand_in`` as a result of the node that ``anchor`` is of, if a graph is being made of backward."""
-    return _Tied.run(stand_in, anchor) if torch.is_grad_enabled() else stand_in  # type: ignore[no-any-return]
+    return _Tied.run(stand_in, anchor) if torch.is_grad_enabled() else stand_in
 
 
 def wanted(ctx: Any) -> list[bool]:

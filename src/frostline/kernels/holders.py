@@ -34,7 +34,7 @@ class _Watch(weakref.ref[Tensor]):
     __slots__ = ("holder",)
 
     def __init__(self, tensor: Tensor, _callback: Callable[[Any], None], holder: Holder) -> None:
-        super().__init__(tensor, _callback)
+        super().__init__(tensor, _callback)  # type: ignore[call-arg]
         self.holder = weakref.ref(holder)
 
     def __new__(cls, tensor: Tensor, callback: Callable[[Any], None], holder: Holder) -> _Watch:

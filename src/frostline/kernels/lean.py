@@ -187,6 +187,9 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
                     run.fallbacks.setdefault(name, Counter())[str(why)] += 1
         return op.redispatch(keyset.remove(key) | _OWN, *args)
 
+    dynamo = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameAction.SKIP  # a compiler that comes upon it, between its graphs, is to leave it alone
+    dynamo.set_code_exec_strategy(kernel.__code__, dynamo._FrameExecStrategy(skip, skip))
     return kernel
 
 

@@ -67,7 +67,7 @@ def unread(looks: Looks, beside: Tensor) -> Tensor:
 def _on_cpu(looks: Looks) -> Tensor:
     with unseen(), torch.no_grad():
         empty = torch.empty(0, dtype=looks.dtype)
-        return empty.set_(_untouched(looks.nbytes), 0, looks.shape, looks.stride)  # type: ignore[call-overload,no-any-return]
+        return empty.set_(_untouched(looks.nbytes), 0, looks.shape, looks.stride)
 
 
 def _untouched(nbytes: int) -> torch.UntypedStorage:

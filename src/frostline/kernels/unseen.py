@@ -21,13 +21,13 @@ def unseen() -> AbstractContextManager[Any]:
 def aside(tensor: Tensor) -> AbstractContextManager[Any]:
     """Where tensors may be made to go with ``tensor``, real or fake: unseen, below autograd."""
     below: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
-    is_fake = isinstance(tensor, FakeTensor)
-    if not (is_fake or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()):
+    mode = tensor.fake_mode if isinstance(tensor, FakeTensor) else None
+    if not (mode or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()):
         return below
     stack = ExitStack()
     stack.enter_context(torch._C.DisableTorchFunction())
     stack.enter_context(unseen())
     stack.enter_context(below)
-    if is_fake:
-        stack.enter_context(tensor.fake_mode)
+    if mode is not None:
+        stack.enter_context(mode)
     return stack

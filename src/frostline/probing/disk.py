@@ -81,7 +81,7 @@ def _decode_op(stored: list[Any]) -> RanOp:
 
 def dump(found: Probe) -> str:
     """A probe as JSON. Raises TypeError if it holds what JSON cannot bring back."""
-    held = [[h.kind, h.index, h.nbytes, h.secondary, h.covers] for h in found.held]
+    held = [[h.kind, h.index, h.nbytes, h.secondary] for h in found.held]
     ops = [[_encode_op(op) for op in found.backward], [_encode_op(op) for op in found.forward]]
     lie = [[g.index, g.given, g.storage, g.nbytes, g.fits] for g in found.gradients]
     return json.dumps([held, *ops, sorted(found.defined), list(found.sparse), found.refusal, found.confirmed, lie])
@@ -91,7 +91,7 @@ def load(text: str) -> Probe:
     """The probe that `dump` wrote."""
     held, backward, forward, defined, sparse, refusal, confirmed, lie = json.loads(text)
     return Probe(
-        held=tuple(Held(*parts, None if covers is None else tuple(covers)) for *parts, covers in held),
+        held=tuple(Held(kind, index, nbytes, secondary) for kind, index, nbytes, secondary in held),
         backward=tuple(map(_decode_op, backward)),
         forward=tuple(map(_decode_op, forward)),
         defined=frozenset(defined),

@@ -90,7 +90,8 @@ class ProbeStore:
 
     def _recall_or_ask(self, unit: Unit, question: Question, like: Any) -> Probe:
         call = unit.call
-        lasting = like is not None and call.kind == "op" and call.target.namespace == "aten" and call.hooks is None
+        plain = call.kind == "op" and call.hooks is None and not call.replaced
+        lasting = like is not None and plain and call.target.namespace == "aten"
         kept = disk() if lasting else None
         name = "" if kept is None else key_of(like, question)
         found = None if kept is None else kept.get(name)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.kernels.comparing import kept_nbytes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frostline.kernels import lean_kernels
-from tests.kernels.comparing import kept_nbytes
 
 NUMEL = 2 * 4 * 9 * 7
 WEIGHT = torch.randn(4, 4, 3, 3)

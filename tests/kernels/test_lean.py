@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from frostline.kernels import fallbacks, kernels_active, lean_kernels
-from frostline.kernels.lean import _rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # (torch.func uses it as well)
 

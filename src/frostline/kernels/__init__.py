@@ -6,7 +6,7 @@ gradients, to the bit. Every other op, and every case of these that is not cover
 """
 
 from . import activation, convolution, dropout, normalization, pooling  # noqa: F401 (each registers its rules)
-from .holders import Holder, settle
+from .holding import Holder, settle
 from .lean import LeanKernels, fallbacks, holders, kernels_active, lean_kernels, replaced_ops, watched_kernels
 
 __all__ = [

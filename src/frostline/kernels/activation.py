@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .bits import pack_bits, packed_nbytes, unpack_bits
 from .function import Kernel, anchor, below_autograd, tied
-from .holders import Holder
+from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
 from .unread import Looks
 from .unseen import aside

@@ -1,6 +1,6 @@
 """Eight yes-or-no answers a byte, and ones and zeros made from them: the op ``frostline::unpack_bits``.
 
-Packing is done aside (see `holders`), and is not an op. On CPU numpy does the work, a block at a time: its comparisons
+Packing is done aside (see `holding`), and is not an op. On CPU numpy does the work, a block at a time: its comparisons
 and its look-up in a table take a quarter of the time of torch's.
 """
 

@@ -24,7 +24,7 @@ class Kernel(torch.autograd.Function):
 
 
 class below_autograd:  # noqa: N801
-    """As eager's own autograd kernels run an op: below autograd, in the grad mode by which some choose an algorithm."""
+    """As eager's own autograd kernels run an op: below autograd, and in grad mode, which some look at."""
 
     __slots__ = ("_grad_mode", "_guard")
 

@@ -23,7 +23,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .holders import Holder, look_again
+from .holding import Holder, look_again
 
 _TLS = "frostline.kernels"  # torch carries objects stashed under a name to the engine's threads
 _KEYS = {"AutogradCPU": DispatchKey.AutogradCPU, "AutogradCUDA": DispatchKey.AutogradCUDA}
@@ -197,10 +197,10 @@ _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def _is_plain_eager(tensors: list[Tensor]) -> bool:
-    return not _transforming() and all(
-        type(t) in _PLAIN and t.layout is torch.strided and t.dtype.is_floating_point and not t.is_neg()
-        for t in tensors
-    )
+    for t in tensors:
+        if type(t) not in _PLAIN or t.layout is not torch.strided or not t.is_floating_point() or t.is_neg():
+            return False
+    return not _transforming()
 
 
 def _transforming() -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .function import Kernel, anchor, below_autograd, tied
-from .holders import Holder
+from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
 from .unread import Looks, unread
 

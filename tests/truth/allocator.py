@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from tests.cases import Case
-from tests.truth.reference import Method, Unreachable, _set_flags
+from tests.truth.reference import Method, Unreachable, _run, _set_flags
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -46,6 +46,11 @@ def measure_peak(case: Case, train: Collection[str], method: Method) -> Peak:
         optimizer.step()
         optimizer.zero_grad()
 
+    with _run(model, train, method):
+        return _third(step, model, optimizer, copy)
+
+
+def _third(step: Callable[[], None], model: torch.nn.Module, optimizer: torch.optim.Optimizer, copy: Case) -> Peak:
     for _ in range(2):
         step()
     standing = _bytes(

@@ -42,7 +42,9 @@ def measure(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(metavar="M", help="freeze, optimizer-only or backward-inputs; default: the first two."),
+        typer.Option(
+            metavar="M", help="freeze, optimizer-only, train-only or backward-inputs; default: the first two."
+        ),
     ] = None,
     optimizer: Optimizer = "adamw",
     repeats: Annotated[

@@ -11,7 +11,9 @@ Freeze = Annotated[
 ]
 Method = Annotated[
     list[str] | None,
-    typer.Option(metavar="M", help="freeze (default), optimizer-only or backward-inputs. Repeat to compare."),
+    typer.Option(
+        metavar="M", help="freeze (default), train-only, optimizer-only or backward-inputs. Repeat to compare."
+    ),
 ]
 Optimizer = Annotated[str, typer.Option(help="Any class of torch.optim, in any case.")]
 Inputs = Annotated[

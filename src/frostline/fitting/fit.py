@@ -51,7 +51,7 @@ def fit(
             default dimension 0 of every input that has as many rows as the first. Tensors of the loss: ``loss.NAME``.
         sequence: the same for the length. By default dimension 1 of the first input of integers that is (batch,
             length), and of all that share both sizes. False: only the batch is looked for.
-        methods: one or several of ``freeze``, ``optimizer-only`` and ``backward-inputs``.
+        methods: one or several of ``freeze``, ``train-only``, ``optimizer-only`` and ``backward-inputs``.
         scratch: at the sizes found, run each distinct op alone, to know the kernels' scratch memory; then look again.
         progress: called with what is being done.
 

@@ -6,6 +6,7 @@ gradients, to the bit. Every other op, and every case of these that is not cover
 """
 
 from . import activation, convolution, dropout, normalization, pooling  # noqa: F401 (each registers its rules)
+from .function import is_replaced
 from .holding import Holder, settle
 from .lean import LeanKernels, fallbacks, holders, kernels_active, lean_kernels, replaced_ops, watched_kernels
 
@@ -14,6 +15,7 @@ __all__ = [
     "LeanKernels",
     "fallbacks",
     "holders",
+    "is_replaced",
     "kernels_active",
     "lean_kernels",
     "replaced_ops",

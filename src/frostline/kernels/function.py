@@ -76,3 +76,9 @@ def _will_run(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf whose gradient torch.autograd.grad is to return
         return True
+
+
+def is_replaced(node: Any) -> bool:
+    """Whether a node of autograd's graph is one of ours."""
+    forward = getattr(node, "_forward_cls", None)
+    return forward is not None and issubclass(forward, Kernel)

@@ -17,7 +17,7 @@ class Case:
 
     Attributes:
         names: the parameters that train, by name. Of a slice the whole tensor is run, as eager torch does.
-        method: ``"freeze"``, ``"optimizer-only"`` or ``"backward-inputs"``.
+        method: one of ``frostline.costing.cost.METHODS``.
         optimizer: a class of ``torch.optim`` by name, in any case.
     """
 

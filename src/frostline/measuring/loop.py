@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from frostline.costing.optimizers import known
 from frostline.errors import FrostlineError, OptimizerError
 from frostline.measuring.case import Case
+from frostline.running.train_only import Run, train_only
 from frostline.tracing.step import Loss, default_loss, made_up_labels, split_inputs, sum_loss, wants_labels
 
 PHASES = ("forward", "backward", "optimizer")
@@ -52,6 +53,7 @@ class Loop:
             self.kwargs.update(self._labels())
         self.trained: list[nn.Parameter] = []
         self.method = ""
+        self._run: Run | None = None
         self.optimizer: torch.optim.Optimizer
 
     def _labels(self) -> dict[str, Tensor]:
@@ -78,11 +80,16 @@ class Loop:
             raise FrostlineError(f"{type(self.model).__name__} has no parameter {missing[0]!r}")
         self.trained = [self.parameters[name] for name in case.names]
         self.method = case.method
+        if self._run is not None:
+            self._run.close()
+            self._run = None
         chosen = {id(p) for p in self.trained}
         for parameter in self.parameters.values():
             parameter.grad = None
             if parameter.is_floating_point() or parameter.is_complex():
-                parameter.requires_grad_(case.method != "freeze" or id(parameter) in chosen)
+                parameter.requires_grad_(case.method not in ("freeze", "train-only") or id(parameter) in chosen)
+        if case.method == "train-only":
+            self._run = train_only(self.model, list(case.names))
         if hasattr(self, "optimizer"):
             del self.optimizer
         self.optimizer = _optimizer(case.optimizer, self.trained)

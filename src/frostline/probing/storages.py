@@ -31,20 +31,6 @@ def living(references: dict[int, StorageWeakRef]) -> Iterator[tuple[int, torch.U
             yield key, storage
 
 
-def leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The tensors whose ``.grad`` the graph behind ``loss`` would fill."""
-    seen: set[Any] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        stack.extend(behind for behind, _ in node.next_functions)
-
-
 def attributes(module: nn.Module) -> list[Any]:
     """What a module has besides its parameters, buffers and modules."""
     registered = ("_parameters", "_buffers", "_modules")

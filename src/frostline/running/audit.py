@@ -29,7 +29,7 @@ class Finding:
     Attributes:
         kind: ``"no-backward"``, ``"not-reached"``, ``"discarded-gradient"``, ``"forced-gradient"``,
             ``"foreign-gradient"``, ``"frozen-moved"``, ``"buffer-moved"``, ``"buffer-drift"``, ``"fallback"``,
-            ``"kernels-off"`` or ``"unchecked"``.
+            ``"kept-more"``, ``"kernels-off"`` or ``"unchecked"``.
         beyond: whether it goes beyond the plan; else it is only worth knowing.
         text: a sentence, with the names.
         names: the parameters, buffers or modules it is about.
@@ -131,7 +131,7 @@ class Audit:
         return audit_text(self)
 
 
-def audit(run: Run, step: Callable[[], Any], *, strict: bool) -> Audit:
+def audit(run: Run, step: Callable[[], Any], *, strict: bool, planned_bytes: int | None) -> Audit:
     """Run one step and hold it to its plan; see `Run.audit`."""
     model = run.model
     fell_back = _fallback_counts()
@@ -147,6 +147,7 @@ def audit(run: Run, step: Callable[[], Any], *, strict: bool) -> Audit:
         *_moved(run, moved),
         *_unchecked(before),
         *_kernels(run, _fallback_counts() - fell_back),
+        *_kept(sum(recorder.kept.values()), planned_bytes),
     ]
     result = Audit(
         subset=str(run.subset),
@@ -154,17 +155,12 @@ def audit(run: Run, step: Callable[[], Any], *, strict: bool) -> Audit:
         ops=_grouped(recorder.ops),
         backward_flops=sum(sum(op.flops) for op in recorder.ops),
         kept_bytes=sum(recorder.kept.values()),
-        planned_bytes=_planned_bytes(run),
+        planned_bytes=planned_bytes,
         uncounted=tuple(sorted(recorder.uncounted)),
     )
     if strict and result.beyond:
         raise AuditError(str(result), result)
     return result
-
-
-def _planned_bytes(run: Run) -> int | None:
-    """What the step was to keep. The place to hand in ``trace.cost(method="train-only").saved_bytes``, once it is."""
-    return None
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -286,6 +282,14 @@ def _kernels(run: Run, fell_back: Counter[tuple[str, str]]) -> Iterator[Finding]
         yield Finding("fallback", False, f"{op} ran {times} times by eager's own kernel: {why}", (op,))
     if threading.get_ident() != run._thread:
         yield Finding("kernels-off", False, "this thread keeps what eager keeps: the run was made in another")
+
+
+def _kept(kept: int, planned: int | None) -> Iterator[Finding]:
+    if planned is not None and kept > planned:
+        more = f"autograd kept {kept:,} bytes when the loss returned, {kept - planned:,} more than planned"
+        yield Finding(
+            "kept-more", True, f"{more}: another batch than the one traced, or something that holds the graph"
+        )
 
 
 def _fallback_counts() -> Counter[tuple[str, str]]:

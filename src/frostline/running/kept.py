@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from frostline.kernels import Holder, is_replaced, settle
 from frostline.probing.storages import attributes, living, storages_of
 
 
@@ -34,6 +36,13 @@ class Seen:
                 self.made[storage._cdata] = StorageWeakRef(storage)
 
 
+def kept_when_returned(seen: Seen, loss: Tensor, model: nn.Module) -> dict[int, int]:
+    """`kept_storages` of the graph behind a loss that has just returned."""
+    gc.collect()
+    settle()
+    return kept_storages(seen, graph([loss.grad_fn]), [loss], model)
+
+
 def kept_storages(seen: Seen, nodes: list[Any], roots: Any, model: nn.Module) -> dict[int, int]:
     """The storages that the graph keeps, by key, in bytes: no parameters and no buffers.
 
@@ -50,14 +59,19 @@ def kept_storages(seen: Seen, nodes: list[Any], roots: Any, model: nn.Module) ->
     saved = _keys([each for node in nodes for each in saved_by(node)])
     candidates = {**seen.found, **seen.made}
     keep = (saved & candidates.keys()) | (seen.made.keys() - elsewhere)
-    return {key: storage.nbytes() for key, storage in living(candidates) if key in keep - registered}
+    kept = {key: storage.nbytes() for key, storage in living(candidates) if key in keep - registered}
+    for storage in storages_of([each for node in nodes if is_replaced(node) for each in saved_by(node)]):
+        if storage._cdata not in registered:
+            kept[storage._cdata] = storage.nbytes()  # (bits that our kernels made, unseen)
+    return kept
 
 
 def saved_by(node: Any) -> Iterator[Any]:
     """What a node of the autograd graph saved, or would put a gradient on; nothing is unpacked, nothing recomputed."""
     if hasattr(node, "variable"):
         yield node.variable
-    yield from getattr(node, "__dict__", {}).values()  # a Function may keep tensors past torch's own list
+    for value in getattr(node, "__dict__", {}).values():  # a Function may keep tensors past torch's own list
+        yield value.kept if isinstance(value, Holder) else value
     kind: Any = type(node)
     for name in _saved_names(kind):
         with suppress(RuntimeError):  # let go already
@@ -87,3 +101,19 @@ def _variables(frame: FrameType | None) -> Iterator[Any]:
             if not isinstance(value, (type, nn.Module)) and isinstance(vars(value), Mapping):
                 yield list(vars(value).values())
         frame = frame.f_back
+
+
+def graph(roots: list[Any]) -> list[Any]:
+    """Every node behind ``roots``, each after all that are behind it."""
+    done: dict[Any, None] = {}
+    stack = [(root, False) for root in roots if root is not None]
+    while stack:
+        node, expanded = stack.pop()
+        if node in done:
+            continue
+        if expanded:
+            done[node] = None
+            continue
+        stack.append((node, True))
+        stack.extend((behind, False) for behind, _ in node.next_functions if behind is not None and behind not in done)
+    return list(done)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from frostline.costing.formulas import flops
 from frostline.kernels import settle
 from frostline.probing.attribution import storage_key
-from frostline.running.kept import Seen, kept_storages
+from frostline.running.kept import Seen, graph, kept_storages
 from frostline.tracing.calls import UNSEEN, makes_constant, tensors_in, written
 from frostline.tracing.interception import is_reentrant_checkpoint, observed_by
 
@@ -259,7 +259,7 @@ class StepRecorder(TorchDispatchMode):
 
     def _before_backward(self, roots: tuple[Any, ...]) -> None:
         """Hook every node that this run of the engine may reach, and look at what the graph keeps."""
-        nodes = _graph([root.grad_fn if isinstance(root, Tensor) else root.node for root in roots])
+        nodes = graph([root.grad_fn if isinstance(root, Tensor) else root.node for root in roots])
         if not self._depth:
             self.num_backward_runs += 1
             gc.collect()
@@ -327,22 +327,6 @@ class StepRecorder(TorchDispatchMode):
         if gradient is not None:
             for op, position in self._marks_of(gradient):
                 op.uses[position] = max(op.uses[position], use)
-
-
-def _graph(roots: list[Any]) -> list[Any]:
-    """Every node behind ``roots``, each after all that are behind it."""
-    done: dict[Any, None] = {}
-    stack = [(root, False) for root in roots if root is not None]
-    while stack:
-        node, expanded = stack.pop()
-        if node in done:
-            continue
-        if expanded:
-            done[node] = None
-            continue
-        stack.append((node, True))
-        stack.extend((behind, False) for behind, _ in node.next_functions if behind is not None and behind not in done)
-    return list(done)
 
 
 def _next_number() -> int:

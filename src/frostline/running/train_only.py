@@ -21,6 +21,7 @@ from frostline.subsets import Subset, resolve
 from frostline.subsets.names import Names, listed
 
 if TYPE_CHECKING:
+    from frostline.costing.cost import Cost
     from frostline.running.audit import Audit
 
 
@@ -144,12 +145,13 @@ class Run:
         for _, parameter in self.named_parameters():
             yield parameter
 
-    def audit(self, step: Callable[[], Any], strict: bool = False) -> Audit:
+    def audit(self, step: Callable[[], Any], strict: bool = False, cost: Cost | None = None) -> Audit:
         """Run one step under a recorder, and say what ran, was kept or changed beyond the plan.
 
         Args:
             step: called once, without arguments: a real step, with forward, backward and, if you like, the optimizer.
             strict: raise if anything goes beyond the plan.
+            cost: what ``trace.cost(..., method="train-only")`` says of such a step: it is not to keep more.
 
         Raises:
             RunError: the run is closed.
@@ -159,7 +161,7 @@ class Run:
 
         if not self.is_open:
             raise RunError("the run is closed: there is no plan to hold a step to. Make a new one with fl.train_only.")
-        return audit(self, step, strict=strict)
+        return audit(self, step, strict=strict, planned_bytes=None if cost is None else cost.saved_bytes)
 
     # -- begin and end -------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class Bottleneck(nn.Module):
         return F.relu(self.body(x) + self.skip(x), inplace=True)
 
 
-def resnet50() -> Made:
+def resnet50(batch: int = 2, size: int = 128) -> Made:
     """ResNet-50 (25.6 M parameters), 2 images of 128 x 128."""
     torch.manual_seed(0)
     layers: list[nn.Module] = [
@@ -74,7 +74,12 @@ def resnet50() -> Made:
             layers.append(Bottleneck(n_in, width, 2 if stage and not block else 1))
             n_in = 4 * width
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
-    return model, torch.randn(2, 3, 128, 128), _cross_entropy(torch.arange(2))
+    return model, torch.randn(batch, 3, size, size), _cross_entropy(torch.arange(batch))
+
+
+def resnet50_larger() -> Made:
+    """ResNet-50, 4 images of 160 x 160: its activations weigh more than its weights."""
+    return resnet50(4, 160)
 
 
 class UNet(nn.Module):

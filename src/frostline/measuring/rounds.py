@@ -21,7 +21,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def measure_cases(
-    source: Source,
+    source: Source | Sequence[Source],
     cases: Sequence[Case],
     *,
     rounds: int | None = None,
@@ -34,10 +34,11 @@ def measure_cases(
     """Run every case, and say what it took, in the order given.
 
     Args:
+        source: where the model comes from; or one for each case.
         rounds: turns of each case; None for as many as fit in a minute or so, from 5 to 25.
         threads: of torch's operators in every process; None leaves torch's choice.
-        together: one process hosts all cases, set up and warmed up anew for each turn; otherwise each has a process of
-            its own, all of them up at the same time (and each with its own copy of the model).
+        together: one process hosts all cases of a source, set up and warmed up anew for each turn; otherwise each has
+            a process of its own, all of them up at the same time (and each with its own copy of the model).
         examine: also find FLOPs, saved bytes and peak memory, in steps of their own.
         warm_up: steps after a case is set up, before the clock starts; at least 2.
 
@@ -48,10 +49,12 @@ def measure_cases(
         return []
     say = progress or _silent
     with ExitStack() as stack:
+        sources = [source] * len(cases) if isinstance(source, Source) else list(source)
         if together:
-            hosts = [_Host(source, threads, stack, shared=True)] * len(cases)
+            shared = {each: _Host(each, threads, stack, shared=True) for each in dict.fromkeys(sources)}
+            hosts = [shared[each] for each in sources]
         else:
-            hosts = [_Host(source, threads, stack, shared=False) for _ in cases]
+            hosts = [_Host(each, threads, stack, shared=False) for each in sources]
         seats = [_Seat(case, host, max(2, warm_up)) for case, host in zip(cases, hosts, strict=True)]
         for done, seat in enumerate(seats):
             say("warming up", done, len(seats))

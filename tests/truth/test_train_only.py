@@ -1,0 +1,93 @@
+"""Gradients are sacred: inside a run they are those of plain PyTorch, to the bit and in the same strides."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from tests.cases import CASES, Case, subsets_for
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import frostline as fl
+
+PRECISIONS = ("float32", "float64", "autocast")
+FEW = 8  # subsets of each model
+
+
+def built(name: str, precision: str) -> Case:
+    case = CASES[name]()
+    if precision == "float64":
+        case.model.double()
+
+        def double(value: object) -> object:
+            return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        case.inputs = tree_map(double, case.inputs)
+    return case
+
+
+def gradients(case: Case, precision: str) -> dict[str, Tensor | None]:
+    mode: AbstractContextManager[object] = nullcontext()
+    if precision == "autocast":
+        mode = torch.autocast("cpu", torch.bfloat16)
+    with mode:
+        loss = case.run()
+    if loss.requires_grad:
+        loss.backward()
+    return {name: parameter.grad for name, parameter in case.model.named_parameters()}
+
+
+def freeze(case: Case, train: Collection[str]) -> None:
+    for name, parameter in case.model.named_parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(name in train)
+
+
+def same(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    if theirs.is_sparse:
+        return torch.equal(ours.to_dense(), theirs.to_dense())
+    alike = (ours.stride(), ours.dtype) == (theirs.stride(), theirs.dtype)
+    return alike and torch.equal(bits(ours), bits(theirs))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.filterwarnings("ignore")  # whatever torch warns of in a precision that a model was not written for
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_a_run_are_plain_pytorchs_to_the_bit(name: str, precision: str) -> None:
+    if CASES[name].missing:
+        pytest.skip(f"needs {CASES[name].needs}")
+    subsets = list(subsets_for(CASES[name]()).values())
+    ran = 0
+    for train in subsets[:: -(-len(subsets) // FEW)]:
+        plain = built(name, precision)
+        freeze(plain, train)
+        try:
+            expected = gradients(plain, precision)
+        except RuntimeError:  # eager refuses this step in this precision, or these flags
+            continue
+        case = built(name, precision)
+        with fl.train_only(case.model, list(train)):
+            found = gradients(case, precision)
+        wrong = [n for n in expected if not same(found[n], expected[n])]
+        assert not wrong, (train, wrong)
+        ran += 1
+    if not ran:
+        pytest.skip("eager runs none of it")
+
+
+def test_the_comparison_sees_a_bit_and_a_stride() -> None:
+    a = torch.zeros(2, 3)
+    assert same(a, a.clone())
+    assert not same(a, -a)
+    assert not same(a, torch.zeros(3, 2).t())
+    assert not same(a, None)

@@ -363,3 +363,22 @@ def test_threads_are_not_disturbed_by_runs_that_begin_and_end() -> None:
     thread.join()
     assert not failures
     assert rounds
+
+
+def test_a_compiler_goes_through_kernels_that_had_to_stay() -> None:
+    """Beside another thread the kernels are not taken away."""
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        with lean_kernels():
+            pass
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        compiled = torch.compile(model, backend="aot_eager")
+        x = torch.randn(2, 3, 6, 5)
+        assert torch.equal(compiled(x), model(x))
+        compiled(x).sum().backward()
+        assert model[0].weight.grad is not None
+    finally:
+        done.set()
+        thread.join()

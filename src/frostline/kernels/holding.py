@@ -10,7 +10,6 @@ in-place op wrote to it. A node's own tensors are let go as its backward goes, a
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -154,18 +153,19 @@ class Holder:
 def look_again() -> None:
     """Pack those that could not be when their tensor died, and now can."""
     for _ in range(len(_waiting)):
-        reference = _waiting.popleft()
+        try:
+            reference = _waiting.popleft()
+        except IndexError:  # the collector ran meanwhile, and looked
+            return
         holder = reference()
         if holder is not None and not holder.pack_if_alone():
             _waiting.append(reference)
 
 
-def _collected(phase: str, _info: Any) -> None:
+def collected(phase: str, _info: Any) -> None:
+    """For ``gc.callbacks``: after the last op of ours in a step nothing else would look."""
     if phase == "stop" and _waiting:
         look_again()
-
-
-gc.callbacks.append(_collected)  # after the last op of ours in a step nothing else would look
 
 
 def settle() -> None:

@@ -10,6 +10,7 @@ code then; if one is, they stay in, and only ask whether a run is open, until a 
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import weakref
@@ -23,7 +24,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .holding import Holder, look_again
+from .holding import Holder, collected, look_again
 
 _TLS = "frostline.kernels"  # torch carries objects stashed under a name to the engine's threads
 _KEYS = {"AutogradCPU": DispatchKey.AutogradCPU, "AutogradCUDA": DispatchKey.AutogradCUDA}
@@ -80,6 +81,7 @@ class LeanKernels:
     def close(self) -> None:
         """End the run; other runs go on."""
         if self.is_open:
+            look_again()
             self.is_open = False
             torch._C._stash_obj_in_tls(_TLS, _current())
             _uninstall()
@@ -151,6 +153,8 @@ def _install() -> None:
     global _num_open, _library
     with _lock:
         _num_open += 1
+        if _num_open == 1:
+            gc.callbacks.append(collected)
         if _library is None:
             _library = torch.library.Library("aten", "IMPL")
             for name, rule in _rules.items():
@@ -162,6 +166,8 @@ def _uninstall() -> None:
     global _num_open, _library
     with _lock:
         _num_open -= 1
+        if _num_open == 0:
+            gc.callbacks.remove(collected)
         if _num_open == 0 and _library is not None and len(sys._current_frames()) == 1:
             _library._destroy()
             _library = None
@@ -185,7 +191,8 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
                         return result
                 except NotCoveredError as why:
                     run.fallbacks.setdefault(name, Counter())[str(why)] += 1
-        return op.redispatch(keyset.remove(key) | _OWN, *args)
+        # (The Python dispatcher, which compilers turn on, would come back here by the key it finds itself.)
+        return op.redispatch(keyset.remove(key).remove(DispatchKey.PythonDispatcher) | _OWN, *args)
 
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameAction.SKIP  # a compiler that comes upon it, between its graphs, is to leave it alone

@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 import torch
 from tests.cases import CASES, Case, subsets_for
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import frostline as fl
+from benchmarks.models import Bottleneck
 
 PRECISIONS = ("float32", "float64", "autocast")
 FEW = 8  # subsets of each model
@@ -83,6 +84,41 @@ def test_gradients_of_a_run_are_plain_pytorchs_to_the_bit(name: str, precision: 
         ran += 1
     if not ran:
         pytest.skip("eager runs none of it")
+
+
+def resnet101() -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+    layers.append(nn.MaxPool2d(3, 2, 1))
+    n_in = 64
+    for stage, depth in enumerate((3, 4, 23, 3)):
+        for block in range(depth):
+            layers.append(Bottleneck(n_in, 64 << stage, 2 if stage and not block else 1))
+            n_in = 256 << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
+
+
+def nll(logits: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+
+
+@pytest.mark.parametrize(("training", "bound"), [(False, 0.158), (True, 4.03)])
+def test_resnet_101_keeps_what_its_first_convolution_needs(training: bool, bound: float) -> None:
+    """The case that memsave_torch shows itself on, 64 images; ``bound``: GiB that the gradient needs at least."""
+    with torch.device("meta"):
+        model = resnet101().train(training)
+    trace = fl.trace(model, torch.empty(64, 3, 224, 224, device="meta"), loss=nll)
+    assert trace.cost("0.weight").saved_bytes > 7.5 * 2**30
+    assert trace.cost("0.weight", method="train-only").saved_bytes <= 1.05 * bound * 2**30
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_resnet_101_really_run_keeps_what_its_cost_says(training: bool) -> None:
+    torch.manual_seed(0)
+    model, images = resnet101().train(training), torch.randn(2, 3, 64, 64)
+    cost = fl.trace(model, images, loss=nll).cost("0.weight", method="train-only")
+    with fl.train_only(model, "0.weight") as run:
+        audit = run.audit(lambda: nll(model(images)).backward(), strict=True, cost=cost)
+    assert audit.kept_bytes == audit.planned_bytes == cost.saved_bytes
 
 
 def test_the_comparison_sees_a_bit_and_a_stride() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.cases import CASES, build, subsets_for
@@ -202,3 +204,31 @@ def test_a_checkpoint_is_held_by_the_outputs_that_the_loss_reaches_alone() -> No
             return self.b(joined).square().mean()
 
     assert_equals_the_real_run(build(lambda: ZooCase(TwoOutputs(), torch.randn(5, 3))))
+
+
+def test_a_checkpoint_that_no_gradient_comes_to_is_run_again_all_the_same() -> None:
+    """Autograd's nodes unpack what they saved before they look whether a gradient came."""
+
+    class Ignores(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(weight)
+            return x @ weight
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+            return None, torch.ones_like(ctx.saved_tensors[0]) * grad.sum()
+
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+            self.weight = nn.Parameter(torch.randn(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = checkpoint(self.inner, x, use_reentrant=False)
+            loss: Tensor = Ignores.apply(y * 2.0, self.weight)  # type: ignore[no-untyped-call]
+            return loss.sum()
+
+    trace = assert_equals_the_real_run(build(lambda: ZooCase(Behind(), torch.randn(8, 4))))
+    assert trace.cost("@all").recompute_flops > 0

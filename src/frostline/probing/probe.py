@@ -362,7 +362,7 @@ def _roots(
             continue
         number = tensor.output_nr if call.kind == "op" else position
         key = (id(tensor.grad_fn), tensor.output_nr)
-        if not receives and (call.kind == "function" or call.is_reentrant):  # reached, but by no defined gradient
+        if not receives and call.kind in ("function", "checkpoint"):  # reached, but by no defined gradient
             cut = _Cut.apply(tensor)  # type: ignore[no-untyped-call]
             edges.append(GradientEdge(cut.grad_fn, 0))
             shapes.append(describe(tensor))

@@ -30,7 +30,7 @@ def test_counts_of_an_mlp_are_what_paper_says():
 @pytest.mark.parametrize(
     "name", ["mnist_cnn", "transformer_encoder_train", "input_requires_grad", "constant_attribute", "gru_bidirectional"]
 )
-@pytest.mark.parametrize("method", ["freeze", "optimizer-only"])
+@pytest.mark.parametrize("method", ["freeze", "optimizer-only", "train-only"])
 def test_counts_are_the_traces(name: str, method: str):
     case = CASES[name]()
     trace = fl.trace(case.model, case.inputs, case.loss)
@@ -40,3 +40,15 @@ def test_counts_are_the_traces(name: str, method: str):
     assert counts.forward_flops == cost.forward_flops
     assert counts.backward_flops == cost.backward_flops
     assert counts.saved_bytes == cost.saved_bytes
+
+
+def test_what_stands_in_for_an_unread_tensor_takes_no_memory():
+    case = CASES["mnist_cnn"]()
+    loop = Loop(case.model, case.inputs, case.loss)
+    first = next(iter(loop.parameters))
+    found = {}
+    for method in ("freeze", "train-only"):
+        loop.arrange(Case.of((first,), method, "sgd"))
+        loop.step(lambda phase, loss: None)
+        found[method] = sum(count(loop).other.values())
+    assert found["train-only"] == found["freeze"]

@@ -9,6 +9,7 @@ from . import activation, convolution, dropout, normalization, pooling  # noqa: 
 from .function import is_replaced
 from .holding import Holder, settle
 from .lean import LeanKernels, fallbacks, holders, kernels_active, lean_kernels, replaced_ops, watched_kernels
+from .unread import takes_no_memory
 
 __all__ = [
     "Holder",
@@ -20,5 +21,6 @@ __all__ = [
     "lean_kernels",
     "replaced_ops",
     "settle",
+    "takes_no_memory",
     "watched_kernels",
 ]

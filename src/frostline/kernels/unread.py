@@ -20,6 +20,7 @@ from .unseen import aside, unseen
 
 _lock = threading.Lock()
 _memory = torch.UntypedStorage(0)
+_places: set[int] = set()  # where such memory begins
 
 
 class Looks(NamedTuple):
@@ -79,4 +80,10 @@ def _untouched(nbytes: int) -> torch.UntypedStorage:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
             mapped: Any = mmap.mmap(-1, size, flags=flags)
             _memory = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+            _places.add(_memory.data_ptr())
         return _memory
+
+
+def takes_no_memory(storage: torch.UntypedStorage) -> bool:
+    """Whether it is the mapping that such tensors lie in: addresses, and not a page of memory."""
+    return storage.data_ptr() in _places

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frostline.costing.formulas import flops
+from frostline.kernels import takes_no_memory
 from frostline.measuring.loop import Loop
 from frostline.probing.storages import living, storages_of
 from frostline.running.kept import Seen, kept_when_returned
@@ -94,7 +95,7 @@ class _Watch(TorchDispatchMode):
         known += [p.grad for p in loop.model.parameters() if p.grad is not None]
         keys = {s._cdata for s in storages_of(known)}
         found = [storage for key, storage in living(self._seen.found) if key not in keys]
-        return {s.data_ptr(): s.nbytes() for s in found if s.nbytes() and s.data_ptr()}
+        return {s.data_ptr(): s.nbytes() for s in found if s.nbytes() and s.data_ptr() and not takes_no_memory(s)}
 
 
 def _flat(out: Any) -> tuple[Tensor | None, ...]:

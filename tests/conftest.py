@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from frostline.kernels import kernels_active
 
 os.environ["FROSTLINE_CACHE"] = "off"  # figures are held to the truth as asked for now, not as once remembered
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model is built from a configuration
@@ -32,3 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the reports in tests/golden anew")
+
+
+@pytest.fixture(autouse=True)
+def _no_kernels_left() -> Iterator[None]:
+    """A run that a test leaves open would be in every test after it."""
+    yield
+    assert not kernels_active()

@@ -36,7 +36,9 @@ def test_counts_are_the_traces(name: str, method: str):
     trace = fl.trace(case.model, case.inputs, case.loss)
     last = list(trace.parameters)[len(trace.parameters) // 2 :]
     cost = trace.cost(last, method=method, optimizer="sgd")
-    counts = counts_of(Loop(case.model, case.inputs, case.loss), cost)
+    loop = Loop(case.model, case.inputs, case.loss)
+    counts = counts_of(loop, cost)
+    loop.close()
     assert counts.forward_flops == cost.forward_flops
     assert counts.backward_flops == cost.backward_flops
     assert counts.saved_bytes == cost.saved_bytes
@@ -51,4 +53,5 @@ def test_what_stands_in_for_an_unread_tensor_takes_no_memory():
         loop.arrange(Case.of((first,), method, "sgd"))
         loop.step(lambda phase, loss: None)
         found[method] = sum(count(loop).other.values())
+    loop.close()
     assert found["train-only"] == found["freeze"]

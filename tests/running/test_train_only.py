@@ -362,3 +362,12 @@ def test_a_compiled_model_gets_flags_and_buffers_and_says_so():
         loss_of(compiled).backward()
         assert model[1].num_batches_tracked == 1
     torch.compiler.reset()
+
+
+def test_a_run_that_is_dropped_ends_and_says_so():
+    model = network()
+    before = wiring(model)
+    with pytest.warns(ResourceWarning, match="'8' of Sequential.* was dropped, and so it ended: keep it"):
+        fl.train_only(model, "8")
+    assert wiring(model) == before
+    assert not kernels_active()

@@ -80,9 +80,7 @@ class Loop:
             raise FrostlineError(f"{type(self.model).__name__} has no parameter {missing[0]!r}")
         self.trained = [self.parameters[name] for name in case.names]
         self.method = case.method
-        if self._run is not None:
-            self._run.close()
-            self._run = None
+        self.close()
         chosen = {id(p) for p in self.trained}
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -93,6 +91,12 @@ class Loop:
         if hasattr(self, "optimizer"):
             del self.optimizer
         self.optimizer = _optimizer(case.optimizer, self.trained)
+
+    def close(self) -> None:
+        """End the run of a ``train-only`` case; other flags stay as they are."""
+        if self._run is not None:
+            self._run.close()
+            self._run = None
 
     def step(self, mark: Mark) -> None:
         """Run one step. Outputs are let go when the loss returns; ``.grad`` of what no optimizer owns piles up."""

@@ -65,7 +65,7 @@ def train_only(model: nn.Module, train: object = None, *, freeze_buffers: bool =
       those. Dropout, like every mode, stays as you set it.
     - in the thread that made the run, autograd keeps only what the asked gradients read.
 
-    Keep the run: where it is dropped without ``close()``, flags and buffers stay as set.
+    Keep the run: it is closed, with a `ResourceWarning`, where nothing refers to it any more.
 
     Raises:
         SubsetError: ``train`` names nothing, or what cannot train.
@@ -86,8 +86,8 @@ class Run:
     """
 
     def __init__(self, model: nn.Module, train: object, *, freeze_buffers: bool) -> None:
-        self._undo = ExitStack()
         self.is_open = False
+        self._undo = ExitStack()
         inner: nn.Module = model._orig_mod if isinstance(model, _optimized_module()) else model
         names = Names(inner)
         self.model = model
@@ -181,6 +181,12 @@ class Run:
         self.is_open = False
         self._undo.close()
 
+    def __del__(self) -> None:
+        if self.is_open:
+            text = f"{self!r} was dropped, and so it ended: keep it, or use it in a with statement"
+            self.close()
+            warnings.warn(text, ResourceWarning, source=self, stacklevel=2)
+
     # -- printed -------------------------------------------------------------------------------------------------------
 
     def _spelled(self) -> str:
@@ -222,12 +228,12 @@ def _claim(run: Run, later: Callable[..., object]) -> None:
                 )
         for parameter in run._names.params.values():
             _RUNS[id(parameter)] = run
-    later(_release, run)
+    later(_release, list(run._names.params.values()))
 
 
-def _release(run: Run) -> None:
+def _release(parameters: list[nn.Parameter]) -> None:
     with _LOCK:
-        for parameter in run._names.params.values():
+        for parameter in parameters:
             _RUNS.pop(id(parameter), None)
 
 

@@ -12,7 +12,8 @@ Freeze = Annotated[
 Method = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="M", help="freeze (default), train-only, optimizer-only or backward-inputs. Repeat to compare."
+        metavar="M",
+        help="freeze (default), train-only, optimizer-only, backward-inputs or lower-bound. Repeat to compare.",
     ),
 ]
 Optimizer = Annotated[str, typer.Option(help="Any class of torch.optim, in any case.")]

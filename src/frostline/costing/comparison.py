@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from frostline.costing.cost import METHODS, Cost
+from frostline.costing.cost import RUN_METHODS, Cost
 from frostline.errors import FrostlineError
 from frostline.subsets import num_blocks
 
@@ -81,14 +81,14 @@ def compare(costs: Mapping[str, Cost]) -> Comparison:
 def compare_trace(trace: Trace, train: Any, methods: Any, optimizer: Any) -> Comparison:
     """See `frostline.tracing.trace.Trace.compare`.
 
-    ``train`` is one subset (its rows are the methods: all three unless told) or a mapping of label to subset (its rows
-    are the subsets by ``freeze``, or subset after subset by every method asked for).
+    ``train`` is one subset (its rows are the methods: all that run unless told) or a mapping of label to subset (its
+    rows are the subsets by ``freeze``, or subset after subset by every method asked for).
     """
     named = train if isinstance(train, Mapping) else {None: train}
     if not named:
         raise FrostlineError("compare got no subsets")
     if methods is None:
-        methods = ("freeze",) if isinstance(train, Mapping) else METHODS
+        methods = ("freeze",) if isinstance(train, Mapping) else RUN_METHODS
     methods = (methods,) if isinstance(methods, str) else tuple(methods)
     return Comparison(tuple(_rows(trace, named, methods, optimizer)))
 

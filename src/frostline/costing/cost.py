@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from frostline.costing.seconds import StepSeconds
     from frostline.tracing.trace import Trace
 
-METHODS = ("freeze", "optimizer-only", "backward-inputs", "train-only")
+RUN_METHODS = ("freeze", "optimizer-only", "backward-inputs", "train-only")
+"""The methods that a loop can run; `METHODS` has what the gradients need at least beside them."""
+METHODS = (*RUN_METHODS, "lower-bound")
 FIGURES = (
     "forward_flops", "grad_input_flops", "grad_weight_flops", "recompute_flops", "backward_flops", "step_flops",
     "saved_bytes", "gradient_bytes", "optimizer_bytes", "parameter_bytes", "moved_bytes",
@@ -191,10 +193,20 @@ class Cost:
         return cost_html(self)
 
 
+def check_method(method: str, *, runs: bool = False) -> None:
+    """Raise if there is no such method, or (``runs``) none that a loop can run."""
+    if runs and method == "lower-bound":
+        raise FrostlineError(
+            f"nothing runs 'lower-bound': it is what the gradients need at least, which trace.cost and frostline cost "
+            f"say. Methods that run: {', '.join(RUN_METHODS)}"
+        )
+    if method not in METHODS:
+        raise FrostlineError(f"no method {method!r}; there is {', '.join(RUN_METHODS if runs else METHODS)}")
+
+
 def cost(trace: Trace, train: Any, method: str, optimizer: Any) -> Cost:
     """See `frostline.tracing.trace.Trace.cost`."""
-    if method not in METHODS:
-        raise FrostlineError(f"no method {method!r}; there is {', '.join(METHODS)}")
+    check_method(method)
     subset = train if isinstance(train, Subset) and train.shapes else resolve(train, trace.model)
     keeps = optimizer_model(optimizer)
     numbering = trace.parameter_numbers
@@ -230,7 +242,7 @@ def _assemble(
     sparse = _sparse_gradients(sums)
     dense = trace.gradient_bytes
     optimizer_bytes: int | None = 0
-    basis = _basis(trace, sums)
+    basis = _basis(trace, sums, method)
     try:
         known = trace.optimizer_tables.setdefault(keeps, {})
         for n in trained:
@@ -272,7 +284,7 @@ def _sparse_gradients(sums: Entry) -> dict[int, int]:
     return found
 
 
-def _basis(trace: Trace, sums: Entry) -> dict[str, str]:
+def _basis(trace: Trace, sums: Entry, method: str) -> dict[str, str]:
     how = "exact"
     if trace.assumptions:
         how = f"assumed: {'; '.join(trace.assumptions)}"
@@ -286,6 +298,9 @@ def _basis(trace: Trace, sums: Entry) -> dict[str, str]:
             basis[figure] = f"incomplete: autograd nodes that no recorded op explains ({seen})"
     if sums.unconfirmed and how == "exact":
         basis["saved_bytes"] = f"predicted: the fake kernels' word for {', '.join(sorted(sums.unconfirmed))}"
+    if method == "lower-bound" and how == "exact":
+        at_small = "assumed: needed, for the lower bound, is what changes a gradient on small random tensors"
+        basis["saved_bytes"] = basis["peak_bytes"] = at_small
     return basis
 
 

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 State = tuple[bool, ...]
 
+FROZEN = ("freeze", "train-only", "lower-bound")
+"""The methods by which what does not train requires no grad."""
+
 
 @dataclass(slots=True)
 class Group:
@@ -162,12 +165,7 @@ class Ledger:
         for held in found.held:
             storage = self._storage_of(held.kind, held.index, unit)
             if storage is None:
-                key = (unit, mask, held.index)
-                storage = self._new_storages.setdefault(key, len(self.storage_bytes))
-                if storage == len(self.storage_bytes):
-                    self.storage_bytes.append(held.nbytes)
-                    self.makers.append(unit)
-                    self._byte_tables.clear()
+                storage = self._new_storage((unit, mask, held.index), held.nbytes, unit)
             elif held.kind == "output" and unit.call.kind == "op":  # confirmed: a fake kernel may not know its size
                 self._set_bytes(storage, held.nbytes)
             covered = None if held.covers is None else self._storage_of(*held.covers, unit)
@@ -177,6 +175,15 @@ class Ledger:
             elif storage not in excluded:
                 bits |= 1 << storage
         return bits, tuple(either)
+
+    def _new_storage(self, key: Any, nbytes: int, unit: Unit) -> int:
+        """The number of a storage beyond the tape's, which ``key`` tells from others."""
+        storage = self._new_storages.setdefault(key, len(self.storage_bytes))
+        if storage == len(self.storage_bytes):
+            self.storage_bytes.append(nbytes)
+            self.makers.append(unit)
+            self._byte_tables.clear()
+        return storage
 
     @staticmethod
     def _storage_of(kind: str, index: int, unit: Unit) -> int | None:
@@ -240,7 +247,7 @@ class Ledger:
             grad_input += entry.grad_input_flops
             uncounted |= entry.uncounted
         if either:
-            held |= chosen(either, held)
+            held |= self.chosen(either, held)
         base = self.base
         return Entry(
             base.forward_flops + forward, grad_input, grad_weight, recompute, base.moved_bytes + moved, held, trained,
@@ -296,8 +303,12 @@ class Ledger:
                 entry.add(forward_entry(unit))
             if varies or unit.held:
                 entry.add(self.unit_entry(unit, *self.unit_flags(unit, live, wanted)))
-            entry.held |= chosen(entry.either, held)
+            entry.held |= self.chosen(entry.either, held) & held
             yield unit, entry
+
+    def chosen(self, either: Iterable[tuple[int, int]], held: int) -> int:
+        """Of each pair of storages the one that is held: the first if it is among ``held``, or else the second."""
+        return bits_of([covered if held >> covered & 1 else packed for covered, packed in either])
 
     def bytes_of(self, storages: int) -> int:
         """The bytes of a set of storages: eight at a time, from tables."""
@@ -306,11 +317,6 @@ class Ledger:
             self._byte_tables = [_sums(self.storage_bytes[i * 8 : i * 8 + 8]) for i in range(count)]
         octets = storages.to_bytes(count, "little")
         return sum([table[octet] for table, octet in zip(self._byte_tables, octets, strict=True) if octet])
-
-
-def chosen(either: Iterable[tuple[int, int]], held: int) -> int:
-    """Of each pair of storages the one that is held: the first if it is among ``held``, or else the second."""
-    return bits_of([covered if held >> covered & 1 else packed for covered, packed in either])
 
 
 def masks(live: Iterable[bool], wanted: Iterable[bool] | None) -> tuple[frozenset[int], frozenset[int] | None]:
@@ -332,10 +338,15 @@ def _no_scratch(_op: Any) -> int:
 
 
 class Engine:
-    """The ledger of one trace; and, where its calls cannot be asked one by one, a run for each set of flags."""
+    """The ledger of one trace; and, where its calls cannot be asked one by one, a run for each set of flags.
 
-    def __init__(self, trace: Trace) -> None:
+    Args:
+        of: the engine whose ledger this one counts the least of (see `frostline.costing.bound`).
+    """
+
+    def __init__(self, trace: Trace, of: Engine | None = None) -> None:
         self.trace = trace
+        self._of = of
         self.calibration: Calibration | None = None
         self._reruns: dict[tuple[int, int | None], Rerun] = {}
         self._clockworks: dict[Ledger | Rerun, Clockwork] = {}
@@ -343,6 +354,10 @@ class Engine:
     @cached_property
     def ledger(self) -> Ledger:
         """What the tape's calls answer."""
+        if self._of is not None:
+            from frostline.costing.bound import LeastLedger
+
+            return LeastLedger(self._of.ledger)
         number_of = self.trace.graph.tape.parameter_of_leaf
 
         def lend(leaves: dict[int, Tensor]) -> AbstractContextManager[None]:
@@ -382,7 +397,7 @@ class Engine:
         """What answers for a subset, the sums, and the two flag sets they are for."""
         asked, always = bits_of(numbers), self.trace.graph.always
         everything = bits_of(self.trace.trainable_numbers) | always
-        forward, backward = (asked | always if method in ("freeze", "train-only") else everything), None
+        forward, backward = (asked | always if method in FROZEN else everything), None
         if method == "backward-inputs":
             backward = asked
         if not self.trace.entangled:

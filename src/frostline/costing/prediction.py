@@ -57,10 +57,10 @@ def timeline(cost: Cost) -> Iterator[Moment]:
 
 
 def seconds(cost: Cost) -> StepSeconds | None:
-    """What the step takes; None until the trace is calibrated."""
+    """What the step takes; None until the trace is calibrated, and for what nothing runs."""
     trace = cost.trace
     calibration = trace.calibration
-    if calibration is None:
+    if calibration is None or cost.method == "lower-bound":
         return None
     ledger, forward, backward = cost._flags
     clockwork = trace._coster_for(cost.method).clockwork(ledger)

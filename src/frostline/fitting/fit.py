@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from frostline.amounts import parse_bytes
-from frostline.costing.cost import METHODS, Cost
+from frostline.costing.cost import Cost, check_method
 from frostline.errors import FitError, FrostlineError
 from frostline.fitting.axes import Asked
 from frostline.fitting.bounds import hints
@@ -88,8 +88,7 @@ def fit_rows(
     """`fit` for what is traced already."""
     methods = (methods,) if isinstance(methods, str) else tuple(dict.fromkeys(methods))
     for method in methods:
-        if method not in METHODS:
-            raise FrostlineError(f"no method {method!r}; there is {', '.join(METHODS)}")
+        check_method(method, runs=True)
     sizes = Sizes(Resizer.of(base, loss, batch, sequence), optimizer, progress or _say_nothing)
     for subset in subsets.values():  # what cannot be costed is said before anything is searched
         for method in methods:

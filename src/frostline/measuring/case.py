@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from frostline.costing.cost import METHODS
-from frostline.errors import FrostlineError
+from frostline.costing.cost import check_method
 from frostline.subsets import Subset
 
 
@@ -17,7 +16,7 @@ class Case:
 
     Attributes:
         names: the parameters that train, by name. Of a slice the whole tensor is run, as eager torch does.
-        method: one of ``frostline.costing.cost.METHODS``.
+        method: one of ``frostline.costing.cost.RUN_METHODS``.
         optimizer: a class of ``torch.optim`` by name, in any case.
     """
 
@@ -26,8 +25,7 @@ class Case:
     optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise FrostlineError(f"no method {self.method!r}; there is {', '.join(METHODS)}")
+        check_method(self.method, runs=True)
 
     @classmethod
     def of(cls, subset: Subset | Sequence[str], method: str = "freeze", optimizer: str = "adamw") -> Case:

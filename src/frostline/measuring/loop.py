@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frostline.costing.engine import FROZEN
 from frostline.costing.optimizers import known
 from frostline.errors import FrostlineError, OptimizerError
 from frostline.measuring.case import Case
@@ -85,7 +86,7 @@ class Loop:
         for parameter in self.parameters.values():
             parameter.grad = None
             if parameter.is_floating_point() or parameter.is_complex():
-                parameter.requires_grad_(case.method not in ("freeze", "train-only") or id(parameter) in chosen)
+                parameter.requires_grad_(case.method not in FROZEN or id(parameter) in chosen)
         if case.method == "train-only":
             self._run = train_only(self.model, list(case.names))
         if hasattr(self, "optimizer"):

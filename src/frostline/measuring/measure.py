@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from frostline.costing.cost import METHODS, Cost
+from frostline.costing.cost import Cost, check_method
 from frostline.errors import FrostlineError, TraceError
 from frostline.measuring import pickled
 from frostline.measuring.case import Case, Source
@@ -104,8 +104,7 @@ def measure_rows(
         raise FrostlineError("measure takes an optimizer by its name in torch.optim, which other processes know too")
     methods = (methods,) if isinstance(methods, str) else tuple(dict.fromkeys(methods or QUESTION))
     for method in methods:
-        if method not in METHODS:
-            raise FrostlineError(f"no method {method!r}; there is {', '.join(METHODS)}")
+        check_method(method, runs=True)
     threads = threads or torch.get_num_threads()
     notes: list[str] = []
     rows = _rows(traced, subsets, methods, optimizer, notes)

@@ -96,6 +96,7 @@ class Recording(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.storages: dict[int, StorageWeakRef] = {}
         self.nbytes: dict[int, int] = {}
+        self.dtypes: dict[int, torch.dtype] = {}
         self.alive: dict[int, int] = {}  # bytes of the storages made since `count_anew` that live, by key
         self.alive_log: list[int] | None = None  # receives `alive_bytes` after every op
         self.secondary: set[int] = set()  # storages that were a second or later result of a kernel
@@ -122,6 +123,7 @@ class Recording(TorchDispatchMode):
             if key not in self.storages:
                 self.storages[key] = StorageWeakRef(tensor.untyped_storage())
                 self.nbytes[key] = self.alive[key] = tensor.untyped_storage().nbytes()
+                self.dtypes[key] = tensor.dtype
             if sides is not None:
                 key = self._stands_for.get(key, key)
                 self._storage_sides[key] = max(self._storage_sides.get(key, Side.CONSTANT), sides[position])

@@ -191,7 +191,7 @@ def _replay(
             forward = recording.take()
             outputs = list(tensors_in(result))
             output_keys = [storage_key(t) for t in outputs]
-            edges, shapes, numbers = _roots(call, outputs, question.receives)
+            edges, shapes, numbers = roots(call, outputs, question.receives)
             alive = range(len(outputs)) if question.reached is None else question.reached
             nodes = [outputs[i].grad_fn for i in alive if i < len(outputs)]
             del result, outputs, tensors
@@ -349,7 +349,7 @@ class _Cut(torch.autograd.Function):
         return None
 
 
-def _roots(
+def roots(
     call: Call, outputs: list[Tensor], receives: frozenset[int]
 ) -> tuple[list[GradientEdge], list[TensorMeta], list[int]]:
     """Where backward starts, what the gradients handed in look like, and which outputs' they are."""
@@ -392,13 +392,13 @@ def _survivors(
     for order, (key, ref) in enumerate(refs.items()):
         if ref.expired() or key in held_leaves:
             continue
-        kind, index = _place(key, input_keys, output_keys) or ("new", order)
+        kind, index = place_of(key, input_keys, output_keys) or ("new", order)
         nbytes = 0 if kind == "input" else recording.nbytes[key]
         held.append(Held(kind, index, nbytes, key in recording.secondary))
     return tuple(held)
 
 
-def _place(key: int, input_keys: list[int | None], output_keys: list[int | None]) -> tuple[str, int] | None:
+def place_of(key: int, input_keys: list[int | None], output_keys: list[int | None]) -> tuple[str, int] | None:
     if key in input_keys:
         return ("input", input_keys.index(key))
     return ("output", output_keys.index(key)) if key in output_keys else None
@@ -408,7 +408,7 @@ def _packed(run: LeanKernels, input_keys: list[int | None], output_keys: list[in
     """What our own kernels keep that no mode sees, some of it in place of a tensor: numbered from -1 down."""
     settle()
     packed = [holder for holder in run.holders() if holder.is_packed]
-    places = [(_place(h.storage_key, input_keys, output_keys) or ("", 0), h.packed_nbytes) for h in packed]
+    places = [(place_of(h.storage_key, input_keys, output_keys) or ("", 0), h.packed_nbytes) for h in packed]
     places += [(("", 0), nbytes) for nbytes in run.kept_aside()]
     return tuple(
         Held("new", -1 - number, nbytes, covers=place if place[0] else None)

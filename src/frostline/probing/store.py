@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from frostline.probing.disk import disk, key_of
+from frostline.probing.needs import Need, needs
 from frostline.probing.probe import Probe, Question, probe
 from frostline.probing.replay import Stage
 from frostline.tracing.calls import Call, freeze
@@ -12,7 +13,7 @@ from frostline.tracing.graph import Unit
 
 _shared: dict[Any, Probe] = {}  # for the whole process: probes of calls that no user object takes part in
 
-
+_shared_needs: dict[Any, tuple[Need, ...]] = {}
 _by_values: set[Any] = set()  # calls that only real values can replay: boolean indices, sparse gradients
 
 
@@ -87,6 +88,16 @@ class ProbeStore:
                 key = (like, question, _values(unit))
             memory[key] = found
         return found
+
+    def needs(self, unit: Unit, question: Question) -> tuple[Need, ...]:
+        """What of each of the `Probe`'s ``held`` is needed."""
+        found = self.get(unit, question)
+        key = (self._likeness[unit.call], question)
+        if key[0] is None:
+            return needs(unit, question, found.held)
+        if key not in _shared_needs:
+            _shared_needs[key] = needs(unit, question, found.held)
+        return _shared_needs[key]
 
     def _recall_or_ask(self, unit: Unit, question: Question, like: Any) -> Probe:
         call = unit.call

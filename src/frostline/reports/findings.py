@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from frostline.costing.bound import Kept, kept
 from frostline.costing.cost import Cost
 from frostline.costing.marginal import Change, early_parameters, order_of_use
 from frostline.errors import FrostlineError
 from frostline.reports.names import summary
 from frostline.reports.units import bytes_text, flops_text, ratio, share
+from frostline.subsets.names import listed
 
 
 @dataclass(frozen=True)
 class Finding:
     """One sentence or two.
 
-    ``kind`` is for programs: floor, reach, early, waste, slice, unreached, uncounted, time, note; of a measurement
-    answer, failed, noise, busy.
+    ``kind`` is for programs: floor, reach, early, waste, bound, needed, slice, unreached, uncounted, time, note; of a
+    measurement answer, failed, noise, busy.
     """
 
     kind: str
@@ -36,7 +38,7 @@ def findings(rows: Sequence[tuple[str, Cost]]) -> list[Finding]:
             )
         )
     else:
-        found += [*_floor(costs[0]), *_reach(rows), *_early(rows), *_waste(rows)]
+        found += [*_floor(costs[0]), *_reach(rows), *_early(rows), *_waste(rows), *_bound(rows)]
     for label, cost in rows:
         found += [*_unreached(label, cost), *_slices(label, cost)]
     found += [*_uncounted(costs), *_times(costs), *_notes(costs)]
@@ -151,6 +153,55 @@ def _waste(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
         f"{_called(label, cost)} with only its parameters handed to the optimizer and the rest not frozen would "
         f"{listed}. So set requires_grad_(False) on the rest.",
     )
+
+
+def _bound(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
+    """Where train-only keeps more than the gradients need, and why; and what most of the rest is needed for."""
+    subsets = {cost.subset: (label, cost) for label, cost in rows if cost.method in ("train-only", "lower-bound")}
+    most: tuple[int, str, Cost, Cost] | None = None
+    for label, cost in subsets.values():
+        called = _called(label, cost)
+        lean = cost.trace.cost(cost.subset, "train-only", cost._optimizer)
+        least = cost.trace.cost(cost.subset, "lower-bound", cost._optimizer)
+        key = (lean.saved_bytes - least.saved_bytes, called, lean, least)
+        most = key if most is None or key[0] > most[0] else most
+    if most is None:
+        return
+    more, called, lean, least = most
+    tensors = kept(least)
+    total = f"train-only keeps {bytes_text(lean.saved_bytes)} for {called}"
+    if not more:
+        yield Finding("bound", f"{total}, which is the lower bound: all of it is needed, as far as can be asked.")
+    else:
+        beyond = _sums((one, one.nbytes - one.needed_bytes, _why_less(one)) for one in tensors)
+        listed = "; ".join(f"{what}, {share(nbytes, lean.saved_bytes)}: {why}" for what, nbytes, why in beyond[:3])
+        yield Finding("bound", f"{total}; the lower bound is {bytes_text(least.saved_bytes)}. Beyond it: {listed}.")
+    proved = _sums((one, one.needed_bytes, "its derivative needs it") for one in tensors if one.need.is_proved)
+    if proved:
+        what, nbytes, why = proved[0]
+        yield Finding("needed", f"most needed: {what}, {share(nbytes, lean.saved_bytes)} of what is kept: {why}.")
+
+
+def _sums(parts: Iterable[tuple[Kept, int, str]]) -> list[tuple[str, int, str]]:
+    """Bytes of what is kept for the same op in the same part, and why; the most first."""
+    sums: dict[tuple[str, str], list[tuple[Kept, int]]] = {}
+    for one, nbytes, why in parts:
+        if nbytes:
+            op = one.op.removeprefix("aten.").partition(".")[0]
+            sums.setdefault((f"{op} {one.role}", why), []).append((one, nbytes))
+    found = []
+    for (what, why), those in sums.items():
+        where = listed(list(dict.fromkeys(one.module or "the model itself" for one, _ in those)), 1)
+        found.append((f"{what} in {where}", sum(nbytes for _, nbytes in those), why))
+    return sorted(found, key=lambda part: -part[1])
+
+
+def _why_less(one: Kept) -> str:
+    if not one.need.bits:
+        return "no gradient that is asked for changes with it"
+    if one.need.bits < one.need.width:
+        return f"{one.need.bits} bit{'s' * (one.need.bits > 1)} of an element would do"
+    return f"all of a tensor is kept for a view of {share(one.needed_bytes, one.nbytes)} of it"
 
 
 def _unreached(label: str, cost: Cost) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frostline.tracing.calls import Call, Slot, TensorMeta
 
-_KEEP = 64  # sizes up to this stay as they are when a call is shrunk
+_KEEP = 64
 
 
 def stand_in(meta: TensorMeta, *, real: bool = False) -> Tensor:
@@ -27,13 +27,13 @@ def stand_in(meta: TensorMeta, *, real: bool = False) -> Tensor:
     return tensor if not meta.lazy else tensor.conj() if meta.lazy == "conj" else torch._neg_view(tensor)
 
 
-def shrunk_call(call: Call) -> Call:
-    """An op call with every large size, wherever it occurs, replaced by a small one.
+def shrunk_call(call: Call, keep: int = _KEEP) -> Call:
+    """An op call with every size above ``keep``, wherever it occurs, replaced by a small one.
 
     Equal sizes stay equal and different ones different, so that shapes that belong together still fit.
     """
-    large = sorted({size for slot in (*call.inputs, *call.outputs) for size in slot.meta.shape if size > _KEEP})
-    small = {size: _KEEP + 16 * (rank + 1) for rank, size in enumerate(large)}
+    large = sorted({size for slot in (*call.inputs, *call.outputs) for size in slot.meta.shape if size > keep})
+    small = {size: keep + keep // 4 * (rank + 1) for rank, size in enumerate(large)}
 
     def shrink(slot: Slot) -> Slot:
         return replace(slot, meta=_smaller(slot.meta, small), known=None)

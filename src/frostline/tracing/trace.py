@@ -295,8 +295,16 @@ class Trace:
             found._coster.settle(self.calibration)
         return found
 
+    @cached_property
+    def _least(self) -> Any:
+        from frostline.costing.engine import Engine
+
+        return Engine(self._lean, of=self._lean._coster)
+
     def _coster_for(self, method: str) -> Any:
         """What answers for a subset by a method."""
+        if method == "lower-bound":
+            return self._least
         return (self._lean if method == "train-only" else self)._coster
 
     def cost(self, train: Any = None, method: str = "freeze", optimizer: Any = "adamw") -> Cost:
@@ -305,7 +313,7 @@ class Trace:
         Args:
             train: names, globs, modules, parameters, an optimizer, a predicate ... (see ``frostline.subsets``). None:
                 ``requires_grad`` as set now.
-            method: ``"freeze"``, ``"optimizer-only"``, ``"backward-inputs"`` or ``"train-only"``.
+            method: ``"freeze"``, ``"optimizer-only"``, ``"backward-inputs"``, ``"train-only"`` or ``"lower-bound"``.
             optimizer: a name (``"adamw"``), a ``torch.optim`` class, or an optimizer whose settings to take.
 
         Raises:

@@ -134,3 +134,15 @@ def test_never_more_than_eager(activation: nn.Module, trained: str, training: bo
     assert found <= eager
     if trained == "0":
         assert found < eager / 2 or training
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_batch_norm_of_which_only_the_shift_trains_keeps_no_input(affine: bool) -> None:
+    x, shift = torch.randn(2, 4, 9, 7), torch.zeros(4, requires_grad=True)
+    scale = torch.ones(4) if affine else None
+    with lean_kernels() as run:
+        result = F.batch_norm(x, None, None, scale, shift, training=True)
+    assert not run.fallbacks
+    edge = torch.autograd.graph.get_gradient_edge(result)
+    del result
+    assert kept_nbytes(_Of(edge.node)) == 4 * (4 + 4 + 4 * affine)  # statistics of the batch, and the scale

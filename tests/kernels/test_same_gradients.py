@@ -125,12 +125,13 @@ def test_convolutions(kind: str, dtype: torch.dtype, last: tuple[bool, bool]) ->
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("affine", ["", "weight", "bias", "weight bias"])
 @pytest.mark.parametrize("last", [False, True])
-def test_eval_batch_norm(dtype: torch.dtype, affine: str, last: bool) -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm(dtype: torch.dtype, affine: str, last: bool, training: bool) -> None:
     mean, var = torch.randn(4).to(dtype), torch.rand(4).to(dtype)
     weight = torch.randn(4).to(dtype) if "weight" in affine else None
 
     def norm(x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.batch_norm(x, mean, var, weight, bias)
+        return F.batch_norm(x, mean.clone(), var.clone(), weight, bias, training)
 
     for shape in ((2, 4, 9, 7), (5, 4), (3, 4, 6)):
         x = tensor(*shape, dtype=dtype, last=last).requires_grad_()

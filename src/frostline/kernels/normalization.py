@@ -1,4 +1,7 @@
-"""Batch norms in eval mode: an affine map, whose input is read for the gradient of its scale alone."""
+"""Batch norms whose input no gradient reads: in eval mode, unless the scale trains; in train mode, if only the shift does.
+
+In eval mode a batch norm is an affine map; in either, the gradient towards the shift is a sum of gradients.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from .unread import Looks, unread
 _backward = torch.ops.aten.native_batch_norm_backward.default
 
 
-class EvalBatchNorm(Kernel):
+class BatchNorm(Kernel):
     @staticmethod
     def forward(
         ctx: Any,
@@ -27,12 +30,12 @@ class EvalBatchNorm(Kernel):
         *how: Any,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.eps = how[-1]
+        ctx.training, ctx.eps = how[0], how[-1]
         ctx.looks = Looks.of(input)
         with below_autograd():
             result, *others = op(input, weight, bias, mean, var, *how)
         ctx.mark_non_differentiable(*others)
-        ctx.save_for_backward(weight, mean, var, *others[:2])
+        ctx.save_for_backward(weight, *((None, None) if how[0] else (mean, var)), *others[:2])
         return result, *others
 
     @staticmethod
@@ -41,7 +44,7 @@ class EvalBatchNorm(Kernel):
         if gradient is None:
             return (None,) * 9
         input = unread(ctx.looks, gradient)
-        found = _backward(gradient, input, *saved, False, ctx.eps, wanted(ctx)[1:4])
+        found = _backward(gradient, input, *saved, ctx.training, ctx.eps, wanted(ctx)[1:4])
         return (None, *found, *(None,) * 5)
 
 
@@ -49,6 +52,6 @@ class EvalBatchNorm(Kernel):
 def batch_norm(
     op: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Any, var: Any, training: bool, *how: Any
 ) -> Any:
-    if training or (weight is not None and weight.requires_grad):
+    if (training and input.requires_grad) or (weight is not None and weight.requires_grad):
         return NotImplemented
-    return EvalBatchNorm.run(op, input, weight, bias, mean, var, training, *how)
+    return BatchNorm.run(op, input, weight, bias, mean, var, training, *how)

@@ -1,4 +1,4 @@
-"""Batch norms whose input no gradient reads: in eval mode, unless the scale trains; in train mode, if only the shift does.
+"""Batch norms whose input no gradient reads: in eval mode unless the scale trains, else if only the shift does.
 
 In eval mode a batch norm is an affine map; in either, the gradient towards the shift is a sum of gradients.
 """

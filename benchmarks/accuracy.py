@@ -1,8 +1,8 @@
 """Predicted seconds and peak memory against real runs: ``python -m benchmarks.accuracy [MODEL ...] [--save]``.
 
-Every network of `benchmarks.models`, calibrated; then eight subsets drawn, each by every method; then all of them
-really run in a fresh process, turn by turn, the full step twice. Prints every case, the worst first, and a summary;
-``--save`` writes ``benchmarks/results/accuracy.md`` and ``.json``.
+Every network of `benchmarks.models`, calibrated; then eight subsets drawn, each by every method of eager torch; then
+all of them really run in a fresh process, turn by turn, the full step twice. Prints every case, the worst first, and a
+summary; ``--save`` writes ``benchmarks/results/accuracy.md`` and ``.json``, where networks that are not run again stay.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from rich.table import Table
 import frostline as fl
 from benchmarks.costing import conditions
 from benchmarks.models import MODELS
-from frostline.costing.cost import METHODS
 from frostline.measuring.case import Case, Source
 from frostline.measuring.measured import Outcome
 from frostline.measuring.rounds import measure_cases
@@ -32,6 +31,7 @@ from frostline.subsets import num_blocks
 
 RESULTS = Path(__file__).parent / "results"
 CNNS = ("efficientnet_lite0", "resnet50", "unet")
+METHODS = ("freeze", "optimizer-only", "backward-inputs")
 DIFFERENT = 0.05  # of the seconds: pairs closer than this have no order
 
 
@@ -213,7 +213,12 @@ def main() -> None:
 
 
 def save(rows: Sequence[Row]) -> None:
-    """Write both files."""
+    """Write both files, in which other networks stay as they are."""
+    kept = RESULTS / "accuracy.json"
+    before = [Row(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
+    anew = {row.model for row in rows}
+    order = [build.__name__ for build in MODELS]
+    rows = sorted([*rows, *(row for row in before if row.model not in anew)], key=lambda row: order.index(row.model))
     (RESULTS / "accuracy.md").write_text(markdown(rows))
     (RESULTS / "accuracy.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
 

@@ -20,7 +20,7 @@ from frostline.costing.optimizers import OptimizerModel
 from frostline.costing.overhead import LARGEST_KEPT, Overhead
 from frostline.costing.rerun import Rerun
 from frostline.probing.attribution import RanOp
-from frostline.probing.probe import timed_probe
+from frostline.probing.probe import Probe, Question, timed_probe
 from frostline.probing.stopwatch import NEAR_BYTES, Timing, Work
 from frostline.probing.timings import Timings, key_of
 from frostline.tracing.calls import Call, Side, TensorMeta, fill, is_view
@@ -207,7 +207,7 @@ class Clockwork:
             tally = self._units[key] = Tally()
             varies = unit.call.varies
             if mask or varies:
-                found = self.ledger.probe(unit, mask, needed)
+                found = self._probe(unit, mask, needed)
                 self.prepare(unit, mask, needed)
                 if varies:
                     tally.add(self._forward(found.forward))
@@ -218,13 +218,51 @@ class Clockwork:
     def prepare(self, unit: Unit, mask: frozenset[int], needed: frozenset[int] | None) -> None:
         """Time by replays what cannot be run op by op: backwards that read what kernels left, and user code."""
         assert isinstance(self.ledger, Ledger)
-        found = self.ledger.probe(unit, mask, needed)
+        found = self._probe(unit, mask, needed)
         works = [work_of(op) for op in (*found.forward, *found.backward)]
         if not (found.reads_workspace or unit.call.kind != "op") or all(map(self.timings.known, works)):
             return
-        question = self.ledger.question(unit, mask, needed)
+        question = self._question(unit, mask, needed)
         stage = self.ledger.store.stage
         self.timings.take_replays(works, lambda runner: timed_probe(stage, unit, question, runner))
+
+    # -- how gradients lie in memory -----------------------------------------------------------------------------------
+
+    def _probe(self, unit: Unit, mask: frozenset[int], needed: frozenset[int] | None) -> Probe:
+        """As the ledger's, with incoming gradients that lie as they do in a step: a transposed one takes longer."""
+        assert isinstance(self.ledger, Ledger)
+        return self.ledger.store.get(unit, self._question(unit, mask, needed))
+
+    def _question(self, unit: Unit, mask: frozenset[int], needed: frozenset[int] | None) -> Question:
+        assert isinstance(self.ledger, Ledger)
+        return replace(self.ledger.question(unit, mask, needed), strides=self._strides.get(unit, ()))
+
+    @functools.cached_property
+    def _strides(self) -> dict[Unit, tuple[tuple[int, tuple[int, ...]], ...]]:
+        """See `Question`. Assumes: they are the same whatever trains, and those of a sum are of the first to come."""
+        ledger = self.ledger
+        assert isinstance(ledger, Ledger)
+        landings = ledger.graph.landings
+        found: dict[Unit, tuple[tuple[int, tuple[int, ...]], ...]] = {}
+        arriving: dict[tuple[int, int], tuple[int, ...]] = {}
+        for unit in reversed(ledger.units):
+            mask = frozenset(index for index, bits in enumerate(unit.behind) if bits)
+            if not unit.held or not mask:
+                continue
+            odd = tuple(
+                (number, stride)
+                for number, slot in enumerate(unit.outputs)
+                if (stride := arriving.get((unit.call.index, number))) and stride != slot.meta.stride
+            )
+            if odd:
+                found[unit] = odd
+            for gradient in ledger.store.gradients(unit, replace(ledger.question(unit, mask, None), strides=odd)):
+                edge = unit.inputs[gradient.index].edge
+                if edge is not None and edge in landings:
+                    arriving.setdefault(landings[edge], gradient.stride)
+        return found
+
+    # -- adding up, part by part ---------------------------------------------------------------------------------------
 
     def _forward(self, ops: Iterable[Call | RanOp]) -> Tally:
         tally = Tally()
@@ -311,7 +349,7 @@ class Clockwork:
             for mask, asked in _states(unit) if rows is None else {_state(unit, *flags) for flags in rows}:
                 if not mask and not unit.call.varies:
                     continue
-                found = ledger.probe(unit, mask, asked)
+                found = self._probe(unit, mask, asked)
                 ops: list[Call | RanOp] = [*found.forward, *found.backward]
                 if found.reads_workspace or unit.call.kind != "op":
                     name = " ".join(key_of(work_of(op)) for op in ops)

@@ -83,13 +83,14 @@ def dump(found: Probe) -> str:
     """A probe as JSON. Raises TypeError if it holds what JSON cannot bring back."""
     held = [[h.kind, h.index, h.nbytes, h.secondary] for h in found.held]
     ops = [[_encode_op(op) for op in found.backward], [_encode_op(op) for op in found.forward]]
-    lie = [[g.index, g.given, g.storage, g.nbytes, g.fits] for g in found.gradients]
+    lie = [[g.index, g.given, g.storage, g.nbytes, g.fits, g.stride] for g in found.gradients]
     return json.dumps([held, *ops, sorted(found.defined), list(found.sparse), found.refusal, found.confirmed, lie])
 
 
 def load(text: str) -> Probe:
     """The probe that `dump` wrote."""
     held, backward, forward, defined, sparse, refusal, confirmed, lie = json.loads(text)
+    gradients = (Gradient(i, given, storage, nbytes, fits, tuple(at)) for i, given, storage, nbytes, fits, at in lie)
     return Probe(
         held=tuple(Held(kind, index, nbytes, secondary) for kind, index, nbytes, secondary in held),
         backward=tuple(map(_decode_op, backward)),
@@ -98,7 +99,7 @@ def load(text: str) -> Probe:
         sparse=tuple((index, nbytes) for index, nbytes in sparse),
         refusal=refusal,
         confirmed=confirmed,
-        gradients=tuple(Gradient(*parts) for parts in lie),
+        gradients=tuple(gradients),
     )
 
 
@@ -157,7 +158,7 @@ class Disk:
 def key_of(like: Any, question: Question) -> str:
     """A name for a call and a question that is the same in every process."""
     asked = (sorted(question.mask), None if question.needed is None else sorted(question.needed))
-    return hashlib.sha256(repr((like, asked, sorted(question.receives))).encode()).hexdigest()
+    return hashlib.sha256(repr((like, asked, sorted(question.receives), question.strides)).encode()).hexdigest()
 
 
 def folder() -> Path | None:

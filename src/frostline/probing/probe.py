@@ -51,6 +51,7 @@ class Gradient:
         storage: tells the storages apart that backward made; -1: of something that was there before.
         nbytes: of that storage.
         fits: its strides are the input's, so that it can become a parameter's ``.grad`` as it is.
+        stride: its strides; () of a sparse one.
     """
 
     index: int
@@ -58,6 +59,7 @@ class Gradient:
     storage: int
     nbytes: int
     fits: bool
+    stride: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +101,14 @@ class Question:
         needed: the inputs whose gradients ``backward(inputs=...)`` asks for; None: ``backward()``.
         receives: which outputs get a gradient: ``output_nr`` for ops, positions for other calls.
         reached: the outputs, by position, whose nodes the loss keeps alive; None: all.
+        strides: those of incoming gradients, by output as in ``receives``, where they are not the output's own.
     """
 
     mask: frozenset[int]
     needed: frozenset[int] | None
     receives: frozenset[int]
     reached: frozenset[int] | None = None
+    strides: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 def probe(stage: Stage, unit: Unit, question: Question) -> Probe:
@@ -142,6 +146,17 @@ def _confirmed(stage: Stage, unit: Unit, question: Question, found: Probe) -> Pr
             return replace(found, confirmed=False)
     real = _saved_for_real(stage, unit, forward_only)
     return replace(found, confirmed=False) if real is None else replace(found, held=real)
+
+
+def real_gradients(stage: Stage, unit: Unit, question: Question) -> tuple[Gradient, ...] | None:
+    """Where gradients lie that real kernels leave, which a fake one may not know; None: too large, or not to be run."""
+    try:
+        if _can_be_real(unit):
+            with torch.random.fork_rng(devices=[]):
+                return _replay(stage, unit, question, real=True).gradients
+    except Exception:  # made-up values may be refused
+        pass
+    return None
 
 
 def _shrunk(unit: Unit) -> Unit | None:
@@ -202,7 +217,9 @@ def _replay(
             refusal = ""
             origin: dict[int, int] = {}
             if edges and question.mask:
-                gradients = [stand_in(meta, real=real) for meta in shapes]
+                strides = dict(question.strides)
+                laid_out = (replace(m, stride=strides.get(n, m.stride)) for m, n in zip(shapes, numbers, strict=True))
+                gradients = [stand_in(meta, real=real) for meta in laid_out]
                 keys = map(storage_key, gradients)
                 origin = {key: number for key, number in zip(keys, numbers, strict=True) if key is not None}
                 recording.follow(gradients, [Side.DATA] * len(gradients))
@@ -226,10 +243,12 @@ def _lies(index: int, gradient: Tensor, slot: Slot, origin: dict[int, int], reco
     if key is None:  # sparse
         nbytes = gradient._indices().nbytes + gradient._values().nbytes
         return Gradient(index, None, index, nbytes, True)
-    fits = gradient.layout is torch.strided and tuple(gradient.stride()) == slot.meta.stride
+    stride = tuple(map(int, gradient.stride())) if gradient.layout is torch.strided else ()
     made = list(recording.alive)
     storage = made.index(key) if key in recording.alive else -1
-    return Gradient(index, origin.get(key), storage, gradient.untyped_storage().nbytes(), fits)
+    return Gradient(
+        index, origin.get(key), storage, gradient.untyped_storage().nbytes(), stride == slot.meta.stride, stride
+    )
 
 
 def probe_hook(stage: Stage, hook: TensorHook) -> tuple[RanOp, ...] | None:

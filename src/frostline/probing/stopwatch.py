@@ -297,7 +297,7 @@ class _Inputs:
     def _tensor(self, meta: TensorMeta) -> Tensor:
         if _fits_arena(meta) and not self.writes and meta.numel:
             extent = 1 + sum((size - 1) * stride for size, stride in zip(meta.shape, meta.stride, strict=True))
-            arena = _arena(meta.dtype, meta.device)
+            arena = _arena(meta.dtype, meta.device, 2 * ROTATED_BYTES)
             if 2 * extent <= len(arena):
                 if self._next + extent > len(arena):
                     self._next = 0
@@ -320,10 +320,10 @@ def _fits_arena(meta: TensorMeta) -> bool:
 
 
 @functools.lru_cache(maxsize=2)
-def _arena(dtype: torch.dtype, device: str) -> Tensor:
+def _arena(dtype: torch.dtype, device: str, nbytes: int) -> Tensor:
     """Random numbers between -1 and 1, more than the caches hold. Kept: fresh memory costs more than most ops."""
     drawn = torch.empty(1 << 18, device=device).uniform_(-1, 1).to(dtype)
-    return drawn.repeat(2 * ROTATED_BYTES // (len(drawn) * dtype.itemsize))
+    return drawn.repeat(max(1, nbytes // drawn.nbytes))
 
 
 def _index_bound(work: Work) -> int:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from frostline.probing.disk import disk, key_of
 from frostline.probing.needs import Need, needs
-from frostline.probing.probe import Probe, Question, probe
+from frostline.probing.probe import Gradient, Probe, Question, probe, real_gradients
 from frostline.probing.replay import Stage
 from frostline.tracing.calls import Call, freeze
 from frostline.tracing.graph import Unit
 
+T = TypeVar("T")
+
 _shared: dict[Any, Probe] = {}  # for the whole process: probes of calls that no user object takes part in
 
+_shared_gradients: dict[Any, tuple[Gradient, ...]] = {}
 _shared_needs: dict[Any, tuple[Need, ...]] = {}
 _by_values: set[Any] = set()  # calls that only real values can replay: boolean indices, sparse gradients
 
@@ -91,13 +95,25 @@ class ProbeStore:
 
     def needs(self, unit: Unit, question: Question) -> tuple[Need, ...]:
         """What of each of the `Probe`'s ``held`` is needed."""
-        found = self.get(unit, question)
+        held = self.get(unit, question).held
+        return self._once(_shared_needs, unit, question, lambda: needs(unit, question, held))
+
+    def gradients(self, unit: Unit, question: Question) -> tuple[Gradient, ...]:
+        """The `Probe`'s ``gradients``, as real kernels leave them where gradients come in unusual strides."""
+        found = self.get(unit, question).gradients
+        if not question.strides:
+            return found
+        return self._once(
+            _shared_gradients, unit, question, lambda: real_gradients(self.stage, unit, question) or found
+        )
+
+    def _once(self, memory: dict[Any, T], unit: Unit, question: Question, ask: Callable[[], T]) -> T:
         key = (self._likeness[unit.call], question)
         if key[0] is None:
-            return needs(unit, question, found.held)
-        if key not in _shared_needs:
-            _shared_needs[key] = needs(unit, question, found.held)
-        return _shared_needs[key]
+            return ask()
+        if key not in memory:
+            memory[key] = ask()
+        return memory[key]
 
     def _recall_or_ask(self, unit: Unit, question: Question, like: Any) -> Probe:
         call = unit.call

@@ -41,6 +41,18 @@ def test_a_model_in_memory_is_run_row_by_row():
         assert parameter.requires_grad is flag
 
 
+def test_train_only_is_run_and_held_to_the_lower_bound():
+    found = fl.measure(
+        mlp(), inputs(), squares, train={"head": "2"}, methods="train-only", repeats=2, threads=1, predict=False
+    )
+    row = found["head"]
+    assert row.measured is not None
+    assert row.measured.saved_bytes == row.predicted.saved_bytes
+    data = json.loads(json.dumps(found.to_dict()))
+    jsonschema.Draft202012Validator(schema()).validate(data)
+    assert [f["kind"] for f in data["findings"]][:2] == ["bound", "needed"]
+
+
 def test_what_cannot_be_measured_is_said_before_anything_starts():
     with pytest.raises(fl.FrostlineError, match="no method 'frozen'"):
         fl.measure(f"{FILE}:target", train="2", methods="frozen")

@@ -1,7 +1,7 @@
 """Activations whose derivative has two values: of each element one bit is read.
 
 The bits say where a kept tensor lets the gradient through. Backward is eager's own op on what was kept, or on ones and
-zeros made from the bits.
+zeros made from the bits; or, where that comes to the same and is quicker, the bits laid over the gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .bits import pack_bits, packed_nbytes, unpack_bits
+from .bits import let_through, pack_bits, packed_nbytes, unpack_bits
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
@@ -34,6 +34,7 @@ class Gate:
         backward: eager's op, whose arguments after the gradient and the kept tensor are ...
         args: ... those for what eager keeps, and ...
         args_for_bits: ... those for a tensor of ones and zeros.
+        lets_through: the gradient comes through as it is, or not at all.
     """
 
     keeps: str
@@ -41,13 +42,16 @@ class Gate:
     backward: Any
     args: tuple[Any, ...]
     args_for_bits: tuple[Any, ...]
+    lets_through: bool = True
 
 
 class Gated(Kernel):
     @staticmethod
-    def forward(ctx: Any, op: Any, gate: Gate, holder: Holder, input: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, op: Any, gate: Gate, holder: Holder, looks: Looks, input: Tensor, *how: Any
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.gate, ctx.holder = gate, holder
+        ctx.gate, ctx.holder, ctx.looks = gate, holder, looks
         with below_autograd():
             bits, kept = None, input
             if gate.keeps == "copy":
@@ -68,16 +72,24 @@ class Gated(Kernel):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, of_anchor: Tensor | None) -> Any:
         tie, *weights = ctx.saved_tensors
-        nothing = (None,) * (len(ctx.needs_input_grad) - 4)
+        nothing = (None,) * (len(ctx.needs_input_grad) - 5)
         if gradient is None and of_anchor is None:
-            return (None, None, None, None, *nothing)
+            return (None, None, None, None, None, *nothing)
         gate: Gate = ctx.gate
         was_packed = ctx.holder.is_packed
+        if gradient is not None and was_packed and gate.lets_through and _lies_alike(gradient, ctx.looks):
+            return (None, None, None, None, let_through(gradient, ctx.holder.take_as_kept()), *nothing)
         args = (*weights, *(gate.args_for_bits if was_packed else gate.args))
         kept = ctx.holder.take()
         if gradient is None:
             gradient = torch.zeros_like(kept)
-        return (None, None, None, _backward(gate.backward, gradient, tied(kept, tie), args, spent=was_packed), *nothing)
+        found = _backward(gate.backward, gradient, tied(kept, tie), args, spent=was_packed)
+        return (None, None, None, None, found, *nothing)
+
+
+def _lies_alike(gradient: Tensor, looks: Looks) -> bool:
+    """Whether it lies in memory as the kept tensor did, and no graph is made of this backward."""
+    return Looks.of(gradient) == looks and not torch.is_grad_enabled()
 
 
 def _backward(op: Any, gradient: Tensor, kept: Tensor, args: Sequence[Any], *, spent: bool) -> Tensor:
@@ -103,7 +115,7 @@ def _run(op: Any, gate: Gate, input: Tensor, *how: Any) -> Any:
 
     name = f"is output 0 of {op._schema.name.removeprefix('aten::').title()}Backward0"
     holder = current_run().holder(gate.bits, ones_and_zeros, name)
-    result, _anchor = Gated.run(op, gate, holder, input, *how)
+    result, _anchor = Gated.run(op, gate, holder, looks, input, *how)
     if gate.keeps != "copy":
         holder.watch(result if gate.keeps == "result" else input)
     return result
@@ -154,7 +166,12 @@ def leaky_relu(op: Any, input: Tensor, slope: float) -> Any:
     if in_place and slope < 0:
         return NotImplemented  # its backward refuses this
     gate = Gate(
-        "result" if in_place else "input", _positive, _aten.leaky_relu_backward, (slope, in_place), (slope, False)
+        "result" if in_place else "input",
+        _positive,
+        _aten.leaky_relu_backward,
+        (slope, in_place),
+        (slope, False),
+        False,
     )
     return _run(op, gate, input, slope)
 
@@ -163,4 +180,4 @@ def leaky_relu(op: Any, input: Tensor, slope: float) -> Any:
 def prelu(op: Any, input: Tensor, weight: Tensor) -> Any:
     if weight.requires_grad:
         return NotImplemented
-    return _run(op, Gate("input", _positive, _aten._prelu_kernel_backward, (), ()), input, weight)
+    return _run(op, Gate("input", _positive, _aten._prelu_kernel_backward, (), (), lets_through=False), input, weight)

@@ -1,7 +1,8 @@
-"""Eight yes-or-no answers a byte, and ones and zeros made from them: the op ``frostline::unpack_bits``.
+"""Eight yes-or-no answers a byte, and what is made from them: ones and zeros, or a gradient let through.
 
-Packing is done aside (see `holding`), and is not an op. On CPU numpy does the work, a block at a time: its comparisons
-and its look-up in a table take a quarter of the time of torch's.
+These are the ops ``frostline::unpack_bits`` and ``frostline::let_through``. Packing is done aside (see `holding`), and
+is not an op. On CPU numpy does the work, a block at a time: its comparisons and its look-up in a table take a quarter
+of the time of torch's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _BLOCK = 1 << 17  # elements whose answers lie in a cache
 
 _library = torch.library.Library("frostline", "DEF")
 _library.define("unpack_bits(Tensor bits, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor")
+_library.define("let_through(Tensor gradient, Tensor bits) -> Tensor")
 
 
 def packed_nbytes(count: int) -> int:
@@ -84,12 +86,46 @@ def _over(rows: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch
     return empty.set_(rows.untyped_storage(), 0, size, stride)
 
 
+@cache
+def _masks(dtype: torch.dtype) -> Any:
+    """All ones or all zeros for each bit of a byte, as wide as ``dtype``."""
+    return _each_byte(_AS_INTEGER[dtype.itemsize]).neg().numpy()
+
+
+def _let_through(gradient: Tensor, bits: Tensor) -> Tensor:
+    """A block at a time, so that the masks never leave the cache."""
+    count, dtype = gradient.numel(), gradient.dtype
+    result = torch.empty_like(gradient)
+    wide, packed = _AS_INTEGER[dtype.itemsize], bits.numpy()
+    given, found = (t.as_strided((count,), (1,)).view(wide).numpy() for t in (gradient.detach(), result))
+    table, masks = _masks(dtype), numpy.empty((_BLOCK // 8, 8), given.dtype)
+    for start in range(0, count, _BLOCK):
+        part, stop = packed[start // 8 : (start + _BLOCK) // 8], min(start + _BLOCK, count)
+        table.take(part, axis=0, out=masks[: len(part)], mode="wrap")
+        numpy.bitwise_and(given[start:stop], masks.reshape(-1)[: stop - start], out=found[start:stop])
+    return result
+
+
+def _let_through_elsewhere(gradient: Tensor, bits: Tensor) -> Tensor:
+    ones = _unpack(bits, gradient.shape, gradient.stride(), gradient.dtype)
+    return torch.ops.aten.threshold_backward(gradient, ones, 0)  # type: ignore[no-any-return]
+
+
 _library.impl("unpack_bits", _unpack_nothing, "Meta")
+_library.impl("let_through", lambda gradient, bits: torch.empty_like(gradient), "Meta")
+_library.impl("let_through", _let_through, "CPU")
 for _backend in ("CPU", "CUDA", "XPU", "MPS"):
     _library.impl("unpack_bits", _unpack, _backend)
+    if _backend != "CPU":
+        _library.impl("let_through", _let_through_elsewhere, _backend)
 _op = torch.ops.frostline.unpack_bits.default
 
 
 def unpack_bits(bits: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Ones for the bits that are set and zeros for the others; ``size`` and ``stride`` leave no gaps."""
     return _op(bits, size, stride, dtype)  # type: ignore[no-any-return]
+
+
+def let_through(gradient: Tensor, bits: Tensor) -> Tensor:
+    """``gradient`` where the bits are set, and 0 elsewhere; it has no gaps, and the bits are in its order."""
+    return torch.ops.frostline.let_through.default(gradient, bits)  # type: ignore[no-any-return]

@@ -127,6 +127,12 @@ class Holder:
 
     def take(self) -> Tensor:
         """What backward reads: the tensor itself, or what stands for it. Let go of it if this backward is the last."""
+        was_packed = self.is_packed
+        kept = self.take_as_kept()
+        return self._unpack(kept) if was_packed else kept
+
+    def take_as_kept(self) -> Tensor:
+        """As `take`, but what it was packed to as that is."""
         kept = self.kept
         assert kept is not None, "torch raises at the second backward, before this"
         if not self.is_packed and kept._version != self._version:
@@ -137,10 +143,9 @@ class Holder:
                 "instead. Hint: enable anomaly detection to find the operation that failed to compute its gradient, "
                 "with torch.autograd.set_detect_anomaly(True)."
             )
-        result = self._unpack(kept) if self.is_packed else kept
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self.clear()
-        return result
+        return kept
 
     def clear(self) -> None:
         self._forget()

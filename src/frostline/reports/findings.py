@@ -38,7 +38,7 @@ def findings(rows: Sequence[tuple[str, Cost]]) -> list[Finding]:
             )
         )
     else:
-        found += [*_floor(costs[0]), *_reach(rows), *_early(rows), *_waste(rows), *_bound(rows)]
+        found += [*_floor(costs[0]), *_reach(rows), *_early(rows), *_waste(rows), *bound_findings(rows)]
     for label, cost in rows:
         found += [*_unreached(label, cost), *_slices(label, cost)]
     found += [*_uncounted(costs), *_times(costs), *_notes(costs)]
@@ -155,7 +155,7 @@ def _waste(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
     )
 
 
-def _bound(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
+def bound_findings(rows: Sequence[tuple[str, Cost]]) -> Iterator[Finding]:
     """Where train-only keeps more than the gradients need, and why; and what most of the rest is needed for."""
     subsets = {cost.subset: (label, cost) for label, cost in rows if cost.method in ("train-only", "lower-bound")}
     most: tuple[int, str, Cost, Cost] | None = None

@@ -10,7 +10,7 @@ from frostline.costing.cost import Cost
 from frostline.measuring.measured import Measured
 from frostline.measuring.measurement import MeasuredRow, Measurement
 from frostline.reports.data import VERSION, cost_figures
-from frostline.reports.findings import Finding
+from frostline.reports.findings import Finding, bound_findings
 from frostline.reports.header import header
 from frostline.reports.lines import WIDTH, Line, bullet, header_lines, plain, table_lines
 from frostline.reports.table import Column, Table
@@ -143,12 +143,13 @@ def _actual(rows: Sequence[MeasuredRow], figure: Actual) -> list[float | None]:
 
 
 def measurement_findings(measurement: Measurement) -> Iterator[Finding]:
-    """The founding question's answer, rows that failed, the machine's noise, and notes."""
+    """The founding question's answer, how near train-only is to the lower bound, what failed, the noise, and notes."""
     by_subset: dict[Any, dict[str, MeasuredRow]] = {}
     for row in measurement.rows[:-1]:
         by_subset.setdefault(row.subset, {})[row.method] = row
     for methods in by_subset.values():
         yield from _answer(measurement, methods)
+    yield from bound_findings([(row.label, row.predicted) for row in measurement.rows])
     for row in measurement.rows:
         if row.measured is None:
             yield Finding("failed", f"{row.label} could not be run: {row.error}")

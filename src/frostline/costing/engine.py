@@ -378,9 +378,11 @@ class Engine:
         from frostline.costing.memory import Simulation
         from frostline.costing.prediction import rounding
 
-        known = self.calibration is not None
-        scratch = self.clockwork(self.ledger).scratch if known else _no_scratch
-        return Simulation(self.ledger, self.trace.lifetimes, scratch, rounding(self.trace.device))
+        ledger, lives, rounded = self.ledger, self.trace.lifetimes, rounding(self.trace.device)
+        if self.calibration is None:
+            return Simulation(ledger, lives, ledger.probe, _no_scratch, rounded)
+        clockwork = self.clockwork(ledger)
+        return Simulation(ledger, lives, clockwork.probe, clockwork.scratch, rounded)
 
     def clockwork(self, ledger: Ledger | Rerun) -> Clockwork:
         """The seconds of what answers for a subset, by the calibration."""

@@ -19,11 +19,13 @@ from frostline.costing.engine import Ledger, masks
 from frostline.costing.entry import bits_of, numbers_in
 from frostline.costing.moment import Moment, Standing
 from frostline.probing.attribution import RanOp
+from frostline.probing.probe import Probe
 from frostline.tracing.calls import Call
 from frostline.tracing.graph import Unit
 from frostline.tracing.lifetimes import Lifetimes
 
 Scratch = Callable[[Call | RanOp], int]
+Ask = Callable[[Unit, frozenset[int], frozenset[int] | None], Probe]
 
 
 @dataclass(slots=True)
@@ -54,13 +56,17 @@ class Simulation:
     """One tape, ready to be asked for any subset.
 
     Args:
-        scratch: an op -> the bytes its kernel takes beyond inputs and outputs, as far as known.
+        probe: a unit and its flags -> what its call does under them, as `Ledger.probe`.
+        scratch: an op of those -> the bytes its kernel takes beyond inputs and outputs, as far as known.
         rounded: the bytes the device's allocator takes for a storage.
     """
 
-    def __init__(self, ledger: Ledger, lives: Lifetimes, scratch: Scratch, rounded: Callable[[int], int]) -> None:
+    def __init__(
+        self, ledger: Ledger, lives: Lifetimes, probe: Ask, scratch: Scratch, rounded: Callable[[int], int]
+    ) -> None:
         self.ledger = ledger
         self.lives = lives
+        self.probe = probe
         self.scratch = scratch
         self.rounded = rounded
         self.end = ledger.graph.recorder.num_ops  # the moment at which the loss has returned
@@ -116,7 +122,7 @@ class Simulation:
         mask, needed = masks(live, wanted)
         if not (mask and unit.held) and not unit.call.varies:
             return None
-        found = ledger.probe(unit, mask, needed)
+        found = self.probe(unit, mask, needed)
         entry = ledger.unit_entry(unit, live, wanted)
         may_hold = entry.held | bits_of(n for pair in entry.either for n in pair)
         holds = tuple(n for n in numbers_in(may_hold) if n >= len(self._born) or self._born[n] < self.end)

@@ -207,7 +207,7 @@ class Clockwork:
             tally = self._units[key] = Tally()
             varies = unit.call.varies
             if mask or varies:
-                found = self._probe(unit, mask, needed)
+                found = self.probe(unit, mask, needed)
                 self.prepare(unit, mask, needed)
                 if varies:
                     tally.add(self._forward(found.forward))
@@ -218,7 +218,7 @@ class Clockwork:
     def prepare(self, unit: Unit, mask: frozenset[int], needed: frozenset[int] | None) -> None:
         """Time by replays what cannot be run op by op: backwards that read what kernels left, and user code."""
         assert isinstance(self.ledger, Ledger)
-        found = self._probe(unit, mask, needed)
+        found = self.probe(unit, mask, needed)
         works = [work_of(op) for op in (*found.forward, *found.backward)]
         if not (found.reads_workspace or unit.call.kind != "op") or all(map(self.timings.known, works)):
             return
@@ -228,7 +228,7 @@ class Clockwork:
 
     # -- how gradients lie in memory -----------------------------------------------------------------------------------
 
-    def _probe(self, unit: Unit, mask: frozenset[int], needed: frozenset[int] | None) -> Probe:
+    def probe(self, unit: Unit, mask: frozenset[int], needed: frozenset[int] | None) -> Probe:
         """As the ledger's, with incoming gradients that lie as they do in a step: a transposed one takes longer."""
         assert isinstance(self.ledger, Ledger)
         return self.ledger.store.get(unit, self._question(unit, mask, needed))
@@ -349,7 +349,7 @@ class Clockwork:
             for mask, asked in _states(unit) if rows is None else {_state(unit, *flags) for flags in rows}:
                 if not mask and not unit.call.varies:
                     continue
-                found = self._probe(unit, mask, asked)
+                found = self.probe(unit, mask, asked)
                 ops: list[Call | RanOp] = [*found.forward, *found.backward]
                 if found.reads_workspace or unit.call.kind != "op":
                     name = " ".join(key_of(work_of(op)) for op in ops)

@@ -1,4 +1,4 @@
-"""Eight yes-or-no answers a byte, and what is made from them: ones and zeros, or a gradient let through.
+"""Eight yes-or-no answers a byte, and what is made from them: ones and zeros, or a gradient let through or scaled.
 
 These are the ops ``frostline::unpack_bits`` and ``frostline::let_through``. Packing is done aside (see `holding`), and
 is not an op. On CPU numpy does the work, a block at a time: its comparisons and its look-up in a table take a quarter
@@ -8,7 +8,7 @@ of the time of torch's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import Any
 
@@ -21,7 +21,7 @@ _BLOCK = 1 << 17  # elements whose answers lie in a cache
 
 _library = torch.library.Library("frostline", "DEF")
 _library.define("unpack_bits(Tensor bits, SymInt[] size, SymInt[] stride, ScalarType dtype) -> Tensor")
-_library.define("let_through(Tensor gradient, Tensor bits) -> Tensor")
+_library.define("let_through(Tensor gradient, Tensor bits, float? scale) -> Tensor")
 
 
 def packed_nbytes(count: int) -> int:
@@ -86,33 +86,42 @@ def _over(rows: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch
     return empty.set_(rows.untyped_storage(), 0, size, stride)
 
 
-@cache
-def _masks(dtype: torch.dtype) -> Any:
-    """All ones or all zeros for each bit of a byte, as wide as ``dtype``."""
-    return _each_byte(_AS_INTEGER[dtype.itemsize]).neg().numpy()
+@lru_cache(maxsize=64)
+def _table(dtype: torch.dtype, scale: float | None) -> Any:
+    """For each byte, what its bits do to a gradient: all ones or all zeros as wide as it; or factors, scale or 0."""
+    if scale is None:
+        return _each_byte(_AS_INTEGER[dtype.itemsize]).neg().numpy()
+    return (_each_byte(dtype) * scale).numpy()
 
 
-def _let_through(gradient: Tensor, bits: Tensor) -> Tensor:
-    """A block at a time, so that the masks never leave the cache."""
+def _let_through(gradient: Tensor, bits: Tensor, scale: float | None) -> Tensor:
+    """A block at a time, so that what the bits stand for never leaves the cache."""
     count, dtype = gradient.numel(), gradient.dtype
+    if scale is not None and dtype.itemsize < 4:
+        return _let_through_elsewhere(gradient, bits, scale)
     result = torch.empty_like(gradient)
-    wide, packed = _AS_INTEGER[dtype.itemsize], bits.numpy()
-    given, found = (t.as_strided((count,), (1,)).view(wide).numpy() for t in (gradient.detach(), result))
-    table, masks = _masks(dtype), numpy.empty((_BLOCK // 8, 8), given.dtype)
-    for start in range(0, count, _BLOCK):
-        part, stop = packed[start // 8 : (start + _BLOCK) // 8], min(start + _BLOCK, count)
-        table.take(part, axis=0, out=masks[: len(part)], mode="wrap")
-        numpy.bitwise_and(given[start:stop], masks.reshape(-1)[: stop - start], out=found[start:stop])
+    flat = [t.as_strided((count,), (1,)) for t in (gradient.detach(), result)]
+    given, found = ((t if scale is not None else t.view(_AS_INTEGER[dtype.itemsize])).numpy() for t in flat)
+    combine = numpy.bitwise_and if scale is None else numpy.multiply
+    table, packed = _table(dtype, scale), bits.numpy()
+    factors = numpy.empty((_BLOCK // 8, 8), table.dtype)
+    with numpy.errstate(all="ignore"):
+        for start in range(0, count, _BLOCK):
+            part, stop = packed[start // 8 : (start + _BLOCK) // 8], min(start + _BLOCK, count)
+            table.take(part, axis=0, out=factors[: len(part)], mode="wrap")
+            combine(given[start:stop], factors.reshape(-1)[: stop - start], out=found[start:stop])
     return result
 
 
-def _let_through_elsewhere(gradient: Tensor, bits: Tensor) -> Tensor:
+def _let_through_elsewhere(gradient: Tensor, bits: Tensor, scale: float | None) -> Tensor:
     ones = _unpack(bits, gradient.shape, gradient.stride(), gradient.dtype)
-    return torch.ops.aten.threshold_backward(gradient, ones, 0)  # type: ignore[no-any-return]
+    if scale is None:
+        return torch.ops.aten.threshold_backward(gradient, ones, 0)  # type: ignore[no-any-return]
+    return ones.mul_(scale).mul_(gradient)
 
 
 _library.impl("unpack_bits", _unpack_nothing, "Meta")
-_library.impl("let_through", lambda gradient, bits: torch.empty_like(gradient), "Meta")
+_library.impl("let_through", lambda gradient, bits, scale: torch.empty_like(gradient), "Meta")
 _library.impl("let_through", _let_through, "CPU")
 for _backend in ("CPU", "CUDA", "XPU", "MPS"):
     _library.impl("unpack_bits", _unpack, _backend)
@@ -126,6 +135,10 @@ def unpack_bits(bits: Tensor, size: Sequence[int], stride: Sequence[int], dtype:
     return _op(bits, size, stride, dtype)  # type: ignore[no-any-return]
 
 
-def let_through(gradient: Tensor, bits: Tensor) -> Tensor:
-    """``gradient`` where the bits are set, and 0 elsewhere; it has no gaps, and the bits are in its order."""
-    return torch.ops.frostline.let_through.default(gradient, bits)  # type: ignore[no-any-return]
+def let_through(gradient: Tensor, bits: Tensor, scale: float | None = None) -> Tensor:
+    """``gradient`` where the bits are set, and 0 elsewhere; with a ``scale``, multiplied by that or by 0.
+
+    Args:
+        gradient: one without gaps, that lies in memory as what was packed did.
+    """
+    return torch.ops.frostline.let_through.default(gradient, bits, scale)  # type: ignore[no-any-return]

@@ -5,16 +5,24 @@ The noise is drawn as torch draws it, from the same random numbers, and made aga
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .bits import pack_bits, unpack_bits
+from .bits import let_through, pack_bits, unpack_bits
 from .function import Kernel, below_autograd
 from .lean import current_run, replaces
 from .unread import Looks
-from .unseen import aside
+from .unseen import aside, unseen
+
+
+@lru_cache(maxsize=64)
+def _scale(dtype: torch.dtype, p: float) -> float:
+    """What torch multiplies by what is not dropped."""
+    with unseen(), torch._C._AutoDispatchBelowAutograd():
+        return float(torch.ops.aten.div_.Scalar(torch.ones(1, dtype=dtype), 1 - p))
 
 
 class Dropout(Kernel):
@@ -39,6 +47,8 @@ class Dropout(Kernel):
         if gradient is None:
             return None, None, None
         looks = ctx.looks
+        if Looks.of(gradient) == looks and not torch.is_grad_enabled():
+            return None, let_through(gradient, bits, _scale(looks.dtype, ctx.p)), None
         noise = unpack_bits(bits, looks.shape, looks.stride, looks.dtype).div_(1 - ctx.p)
         return None, gradient * noise, None
 

@@ -68,13 +68,13 @@ PARTS = ("forward", "grad_input", "grad_weight", "recompute", "optimizer", "over
 def work_of(op: Call | RanOp) -> Work:
     """The op call as something to be timed.
 
-    Assumes: weights come from memory; what a step computes is used by the next op or two, and lies in the caches if it
-    is small. Of a backward op with FLOPs the same is not said: what its forward saved comes from memory, too.
+    Assumes: weights and what the forward saved come from memory; all else that a step computes is used by the next op
+    or two, and lies in the caches if it is small.
     """
     if isinstance(op, RanOp):
         work = Work(op.op, op.args, op.kwargs)
         made = [meta for meta in op.outputs if meta is not None]
-        near = set() if any(backward_flops(op) or ()) else set(range(len(work.metas)))
+        near = set(range(len(work.metas))) - op.saved
     else:
         metas = [slot.meta for slot in op.inputs]
         work = Work(op.target, fill(op.args, metas), fill(op.kwargs, metas), op.grad_enabled)

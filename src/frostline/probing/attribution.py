@@ -43,6 +43,7 @@ class RanOp:
     ``recomputed``: forward work done again by a checkpoint.
     ``node``: the sequence number of the autograd node that ran it.
     ``alive``: bytes of the storages that backward had made, and that lived, when it returned.
+    ``saved``: which of its tensors, numbered as they come among its arguments, were there before backward began.
     """
 
     op: Any
@@ -53,6 +54,7 @@ class RanOp:
     recomputed: bool = False
     node: int | None = field(default=None, compare=False)
     alive: int = field(default=0, compare=False)
+    saved: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -66,6 +68,7 @@ class _Running:
     done: bool  # whether that node is
     sides: list[Side | None]
     alive: int = 0
+    saved: frozenset[int] = frozenset()
 
 
 class UndefinedGradientError(RuntimeError):
@@ -98,6 +101,7 @@ class Recording(TorchDispatchMode):
         self.nbytes: dict[int, int] = {}
         self.dtypes: dict[int, torch.dtype] = {}
         self.alive: dict[int, int] = {}  # bytes of the storages made since `count_anew` that live, by key
+        self.incoming: set[int] = set()  # storages of the gradients that backward starts from
         self.alive_log: list[int] | None = None  # receives `alive_bytes` after every op
         self.secondary: set[int] = set()  # storages that were a second or later result of a kernel
         self.ops: list[_Running] = []
@@ -216,6 +220,7 @@ class Recording(TorchDispatchMode):
                 node is None or node._sequence_nr() not in self._entered,
                 [None] * len(outputs),
                 self.alive_bytes(),
+                frozenset(number for number, tensor in enumerate(given) if self._was_there(tensor)),
             )
         )
         # (What has nothing of its arguments' values carries nothing on: a dropout's mask is no part of a gradient.)
@@ -225,6 +230,10 @@ class Recording(TorchDispatchMode):
                 self._mark(tensor, through | {(number, position)})
         for tensor in changed:
             self._mark(tensor, through | {(number, 0)})
+
+    def _was_there(self, tensor: Tensor) -> bool:
+        key = storage_key(tensor)
+        return key is not None and key in self.storages and key not in self.alive and key not in self.incoming
 
     def _marks_of(self, tensor: Tensor) -> frozenset[Mark]:
         key = storage_key(tensor)
@@ -311,7 +320,8 @@ class Recording(TorchDispatchMode):
     def take(self) -> tuple[RanOp, ...]:
         """The ops recorded since the last call."""
         taken = tuple(
-            RanOp(o.op, o.args, o.kwargs, o.outputs, tuple(o.sides), o.recomputed, o.node, o.alive) for o in self.ops
+            RanOp(o.op, o.args, o.kwargs, o.outputs, tuple(o.sides), o.recomputed, o.node, o.alive, o.saved)
+            for o in self.ops
         )
         self.ops = []
         self._marks.clear()

@@ -69,14 +69,16 @@ def _encode_op(ran: RanOp) -> list[Any]:
         raise _Unstorable(str(ran.op))
     sides = [None if side is None else int(side) for side in ran.sides]
     given = [_encode(ran.args), _encode(ran.kwargs), _encode(ran.outputs)]
-    return [ran.op._schema.name.removeprefix("aten::"), ran.op._overloadname, *given, sides, ran.recomputed, ran.alive]
+    more = [sides, ran.recomputed, ran.alive, sorted(ran.saved)]
+    return [ran.op._schema.name.removeprefix("aten::"), ran.op._overloadname, *given, *more]
 
 
 def _decode_op(stored: list[Any]) -> RanOp:
-    name, overload, args, kwargs, outputs, sides, recomputed, alive = stored
+    name, overload, args, kwargs, outputs, sides, recomputed, alive, saved = stored
     op = getattr(getattr(torch.ops.aten, name), overload)
     known = tuple(None if side is None else Side(side) for side in sides)
-    return RanOp(op, _decode(args), _decode(kwargs), _decode(outputs), known, recomputed, alive=alive)
+    given = (_decode(args), _decode(kwargs), _decode(outputs))
+    return RanOp(op, *given, known, recomputed, alive=alive, saved=frozenset(saved))
 
 
 def dump(found: Probe) -> str:

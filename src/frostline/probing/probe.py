@@ -223,6 +223,7 @@ def _replay(
                 keys = map(storage_key, gradients)
                 origin = {key: number for key, number in zip(keys, numbers, strict=True) if key is not None}
                 recording.follow(gradients, [Side.DATA] * len(gradients))
+                recording.incoming = set(origin)
                 recording.count_anew()
                 recording.listening = True
                 with recording.watching_nodes():

@@ -247,8 +247,7 @@ def _rotating(work: Work, *, once: bool = False) -> Callable[[], Any]:
     first = op(*args, **kwargs)
     strided = [tensor for tensor in tensors_in(first) if tensor.layout is torch.strided]
     results = sum(tensor.untyped_storage().nbytes() for tensor in strided) if not made.writes else 0
-    kept = NEAR_BYTES if work.near else ROTATED_BYTES
-    ring: deque[Any] = deque(maxlen=min(_MOST_SETS, kept // (2 * max(results, 1))))
+    ring: deque[Any] = deque(maxlen=min(_MOST_SETS, ROTATED_BYTES // (2 * max(results, 1))))
     del first
 
     def call() -> Any:

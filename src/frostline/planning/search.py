@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ROUNDS = 60
 """Candidates that are costed again while a budget that is no sum is met."""
+FEW = 12  # choices of which ruling out one candidate after another still proves something
+PATIENCE = 3  # ... and candidates ruled out so where there are more
 SAME = 1e-9  # of what is won: a bound this close is reached
 
 
@@ -84,10 +86,10 @@ class Search:
                 break
             if not self._learn(solution.chosen, limits):
                 excluded.append(solution.chosen)
-            if found.is_proven:
+            if found.is_proven or (len(excluded) > PATIENCE and len(self.problem.choices) > FEW):
                 break
-            if number == 8 and found.chosen is None and self.peak is not None:
-                self._tighten(found, limits, deadline)
+        if found.chosen is None and found.bound > -math.inf and PEAK in limits:
+            self._tighten(found, limits, deadline)
         if not found.is_proven and not found.is_infeasible:
             self._fill(found, limits, max(deadline, time.perf_counter() + min(1.0, seconds / 4)))
         found.bound = max(found.bound, found.worth)

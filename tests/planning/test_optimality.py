@@ -16,6 +16,7 @@ import frostline as fl
 
 COUNT = int(os.environ.get("FROSTLINE_PLANS", "60"))
 
+
 @pytest.mark.parametrize("seed", range(COUNT))
 def test_no_subset_within_the_budget_is_worth_more(seed: int) -> None:
     choose = random.Random(f"plan {seed}")

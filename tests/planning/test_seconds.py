@@ -54,5 +54,3 @@ def test_seconds_have_to_be_known_first() -> None:
     trace = fl.trace(model, given)
     with pytest.raises(fl.FrostlineError, match=r"call trace.calibrate\(\) first"):
         fl.plan(trace, {"step_seconds": "50%"}, dict.fromkeys(trace.parameters, 1.0))
-
-

@@ -267,7 +267,7 @@ class Ledger:
             yield group, state if wanted is None else (state, tuple([wanted[i] for i in group.conditions]))
 
     def of_state(self, group: Group, state: State) -> Entry:
-        """What a group costs under ``freeze`` while these of its conditions hold, whichever subset brings that about."""
+        """What a group costs under ``freeze`` while these of its conditions hold, whichever subset makes them."""
         entry = group.table.get(state)
         if entry is None:
             entry = group.table[state] = self._group_entry(group, self.flags_of(group, state), None)

@@ -324,7 +324,9 @@ class Simulation:
         saved = self._saved_at(numbers, order)
         name, module = ("loss", "") if op is None else (op.name, op.module)
         transients = int(curve[order]) - saved
-        return standing.moment("forward", name, module, saved=saved, transients=transients, scratch=scratch, order=order)
+        return standing.moment(
+            "forward", name, module, saved=saved, transients=transients, scratch=scratch, order=order
+        )
 
     def _backward_moment(self, found: Any, standing: Standing) -> Moment:
         script, level, saved, gradients, scratch = found

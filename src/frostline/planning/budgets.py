@@ -52,7 +52,9 @@ def check_figure(figure: object, full: Cost | None = None) -> str:
         raise PlanError(f"no budget is called {figure!r}: {hint}")
     if full is not None and not math.isfinite(spent(full, figure)):
         if figure == "step_seconds":
-            raise PlanError("the seconds of a step are not known yet: call trace.calibrate() first (--time measures it)")
+            raise PlanError(
+                "the seconds of a step are not known yet: call trace.calibrate() first (--time measures it)"
+            )
         raise PlanError(
             f"{figure} of training everything is not known: {full.basis.get(figure, '')}; choose another optimizer or "
             "another budget"
@@ -74,7 +76,9 @@ def read_budgets(budget: Mapping[str, Any], full: Cost) -> tuple[Budget, ...]:
         raise PlanError(f"budget must be a mapping such as {{'step_flops': '50%'}}, got {type(budget).__name__}")
     if not budget:
         raise PlanError(f"the budget is empty: give one or more of {', '.join(FIGURES)}")
-    return tuple(Budget(check_figure(figure), _limit(figure, asked, full), _spelled(asked)) for figure, asked in budget.items())
+    return tuple(
+        Budget(check_figure(figure), _limit(figure, asked, full), _spelled(asked)) for figure, asked in budget.items()
+    )
 
 
 def _spelled(asked: Any) -> str:
@@ -86,10 +90,7 @@ def _limit(figure: str, asked: Any, full: Cost) -> float:
     check_figure(figure, full if figure == "step_seconds" or (isinstance(asked, str) and "%" in asked) else None)
     if isinstance(asked, bool) or not isinstance(asked, (str, int, float)):
         raise PlanError(f"{what} must be a number or a text such as '50%', got {asked!r}")
-    if isinstance(asked, str):
-        found = _read(figure, asked, what, full)
-    else:
-        found = asked
+    found = _read(figure, asked, what, full) if isinstance(asked, str) else asked
     if not math.isfinite(found) or found <= 0:
         raise PlanError(f"{what} must be a number above 0, got {asked!r}")
     return found if figure == "step_seconds" else math.floor(found)

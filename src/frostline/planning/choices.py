@@ -76,7 +76,9 @@ def _names(trace: Trace, asked: Any, what: str) -> tuple[str, ...]:
         return ()
     subset = resolve(asked, trace.model)
     if subset.slices:
-        raise PlanError(f"{what}= names a slice, {subset.spelled()[0]!r}: a plan trains whole tensors, so name the tensor")
+        raise PlanError(
+            f"{what}= names a slice, {subset.spelled()[0]!r}: a plan trains whole tensors, so name the tensor"
+        )
     return subset.names
 
 
@@ -97,8 +99,8 @@ def _scores(importance: Any, open_: Sequence[str], model: Names) -> dict[str, fl
     missing = [name for name in open_ if name not in scores]
     if missing:
         raise PlanError(
-            f"importance has no entry for {listed(missing, 3)} ({len(missing)} of {len(open_)} parameters): give each a "
-            "number, or leave them out with never="
+            f"importance has no entry for {listed(missing, 3)} ({len(missing)} of {len(open_)} parameters): give each "
+            "a number, or leave them out with never="
         )
     for name, value in scores.items():
         if isinstance(value, bool) or not (isinstance(value, Real) or hasattr(value, "item")):

@@ -87,7 +87,9 @@ class Planner:
         from frostline.tracing.trace import Trace
 
         if not isinstance(trace, Trace):
-            raise PlanError(f"plan takes a trace, got {type(trace).__name__}: write fl.plan(fl.trace(model, inputs), ...)")
+            raise PlanError(
+                f"plan takes a trace, got {type(trace).__name__}: write fl.plan(fl.trace(model, inputs), ...)"
+            )
         if method not in METHODS:
             raise PlanError(f"plans are for method {' or '.join(METHODS)}, not {method!r}")
         self.trace = trace
@@ -158,11 +160,16 @@ class Planner:
         if not unknown:
             return problem
         names = [self.offer.names[n] for n in numbers_in(unknown)]
-        said = f"{self.optimizer} refuses the sparse gradients of {listed(names, 3)}, so what it would keep is not known"
+        said = (
+            f"{self.optimizer} refuses the sparse gradients of {listed(names, 3)}, so what it would keep is not known"
+        )
         if unknown & problem.parameters(problem.fixed):
             raise PlanError(f"{said}: take it out of always=, or choose another optimizer")
         self.notes.append(f"{said}: not planned for")
-        owned = {**problem.owned, "optimizer_bytes": [0 if n == math.inf else n for n in problem.owned["optimizer_bytes"]]}
+        owned = {
+            **problem.owned,
+            "optimizer_bytes": [0 if n == math.inf else n for n in problem.owned["optimizer_bytes"]],
+        }
         choices = [replace(choice, parameters=choice.parameters & ~unknown) for choice in problem.choices]
         return self._without_empty(replace(problem, owned=owned), choices)
 
@@ -240,8 +247,8 @@ class Planner:
 
         if not found.is_infeasible and found.timed_out:
             return PlanError(
-                f"the time limit of {seconds} s was reached before any subset within the budget was found: give a longer "
-                "time_limit="
+                f"the time limit of {seconds} s was reached before any subset within the budget was found: give a "
+                "longer time_limit="
             )
         problem = search.problem
         if problem.fixed:
@@ -250,8 +257,8 @@ class Planner:
                 if not budget.allows(cost):
                     took = amount_text(budget.figure, spent(cost, budget.figure))
                     return PlanError(
-                        f"always= ({trained_words(cost)}) takes {took} of {budget.figure} by itself, over the budget of "
-                        f"{self._said(budget)}: raise that to at least {took}, or train less always"
+                        f"always= ({trained_words(cost)}) takes {took} of {budget.figure} by itself, over the budget "
+                        f"of {self._said(budget)}: raise that to at least {took}, or train less always"
                     )
         told = []
         for budget in budgets:
@@ -263,15 +270,15 @@ class Planner:
                 rest = {other.figure: other.limit for other in budgets if other is not budget}
                 least = search.least(budget.figure, rest, seconds)
                 if least is not None:
-                    told.append(f"within the rest of the budget, {self._least(search, budget, least[1], rest, seconds)}")
+                    told.append(
+                        f"within the rest of the budget, {self._least(search, budget, least[1], rest, seconds)}"
+                    )
                     break
         if not told:
             told.append("its parts exclude each other: raise one of them")
         return PlanError(f"no subset meets the budget: {'; '.join(told)}")
 
-    def _least(
-        self, search: Search, budget: Budget, least: float, rest: Mapping[str, float], seconds: float
-    ) -> str:
+    def _least(self, search: Search, budget: Budget, least: float, rest: Mapping[str, float], seconds: float) -> str:
         from frostline.reports.findings import trained_words
         from frostline.reports.units import amount_text
 
@@ -304,8 +311,8 @@ class Planner:
         if 1 << len(choices) > MOST_RUNS:
             raise PlanError(
                 f"each subset of this model is a run of the whole step ({why}), too many for {len(choices)} "
-                f"{self.offer.by}s: leave at most {MOST_RUNS.bit_length() - 1} to choose from with never= or by='layer', "
-                "or compare a few subsets with trace.cost"
+                f"{self.offer.by}s: leave at most {MOST_RUNS.bit_length() - 1} to choose from with never= or "
+                "by='layer', or compare a few subsets with trace.cost"
             )
         values = self.offer.values
         deadline = time.perf_counter() + seconds

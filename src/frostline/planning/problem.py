@@ -61,7 +61,7 @@ class Problem:
     Attributes:
         values: what it is worth that a parameter gets a gradient; by parameter.
         owned: figure -> what a parameter that gets a gradient adds; by parameter.
-        stored: figure -> what a held storage adds; by storage.
+        stored: figure -> what a held storage adds; by storage, nothing for those it is too short for.
         constants: figure -> what is there whatever trains.
         largest: figure -> (size, parameter, amount): a parameter that gets a gradient adds the amount if no larger one
             of them does.
@@ -114,7 +114,7 @@ class Problem:
             for covered, packed in outcome.either:
                 held |= 1 << (covered if without >> covered & 1 else packed)
         for figure, by_storage in self.stored.items():
-            amounts[figure] += sum(by_storage[number] for number in numbers_in(held))
+            amounts[figure] += sum(by_storage[number] for number in numbers_in(held) if number < len(by_storage))
         for figure, by_parameter in self.owned.items():
             amounts[figure] += sum(by_parameter[number] for number in numbers_in(trained))
         for figure, entries in self.largest.items():

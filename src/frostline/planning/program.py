@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from frostline.costing.entry import bits_of, numbers_in
-from frostline.planning.problem import Problem, State, Table
+from frostline.planning.problem import Problem, State
 
 _ROW = 1e5  # what the limit of a row is scaled to: HiGHS lets a row be broken by 1e-6
 _WORTH = 1e5  # ... and what everything is worth: it stops at a gap of 1e-6
@@ -81,7 +81,7 @@ class Program:
         self._gather_conditions()
         self.gets_gradient = self._find_gradients()
         if not any(choice.fixed for choice in problem.choices):
-            self._row(self._total([g for g in self.gets_gradient.values()]), 1, math.inf)
+            self._row(self._total(list(self.gets_gradient.values())), 1, math.inf)
         self._refuse()
         wanted = [*self.figures, *([minimised] if minimised else [])]
         held = {s for figure in wanted for s, amount in enumerate(problem.stored.get(figure, ())) if amount}
@@ -246,9 +246,9 @@ class Program:
         for storage in sorted(wanted | covering):
             self._storages[storage] = self._held_where(holders.get(storage, []), known)
         beside: dict[int, list[Sum]] = {}
-        for (covered, instead), places in packed.items():
+        for (covered, instead), askers in packed.items():
             if instead in wanted:
-                asked = self._held_where(places, known)
+                asked = self._held_where(askers, known)
                 beside.setdefault(instead, []).append(self._without(asked, self._storages[covered]))
         for storage, more in beside.items():
             self._storages[storage] = self._any([self._storages[storage], *more], integral=False)
@@ -344,7 +344,7 @@ class Program:
             },
         )
         infeasible = found.status == 2
-        chosen = None
+        chosen: int | None = None
         if found.x is not None:
             chosen = bits_of(n for n, variable in enumerate(self.x) if found.x[variable] > 0.5) | self._fixed
         dual = found.mip_dual_bound
@@ -373,7 +373,7 @@ def _scaled(expression: Sum, limit: float) -> tuple[dict[int, float], float, flo
     return {variable: value * factor for variable, value in terms.items()}, -math.inf, most * factor
 
 
-@lru_cache(maxsize=None)
+@cache
 def _basis(states: tuple[State, ...]) -> tuple[Any, Any]:
     """Which columns (the constant, then the conditions) of the states are independent, and what solves for them."""
     full = np.array([[1.0, *state] for state in states])

@@ -139,7 +139,7 @@ class Plan:
             subset = planned_subset(names, parameters, budgets)
             gap = data["gap"]
             return cls(
-                subset, SavedCost({**data["cost"], "num_trained": data["num_trained"]}), budgets, data["objective"],
+                subset, SavedCost(data["cost"]), budgets, data["objective"],
                 data["total"], data["bound"], gap, data["solve_seconds"], data["method"], data["optimizer"],
                 data["by"], data["importance"]["scores"], data["importance"]["source"], tuple(data["always"]),
                 tuple(data["never"]), parameters, data["versions"], tuple(data["notes"]),

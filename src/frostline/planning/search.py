@@ -158,9 +158,7 @@ class Search:
             if left <= 0:
                 return
             solution = self._solve({**limits, PEAK: most - margin}, [], left)
-            if solution.chosen is None:
-                high = margin
-            elif self._offer(found, solution.chosen, limits):
+            if solution.chosen is None or self._offer(found, solution.chosen, limits):
                 high = margin
             else:
                 low = margin

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from frostline.costing.engine import Engine, Group, Ledger
 from frostline.costing.entry import Entry, numbers_in
-from frostline.costing.optimizers import OptimizerModel, SparseGradientsRefused, optimizer_model
+from frostline.costing.optimizers import SparseGradientsRefused, optimizer_model
 from frostline.errors import FrostlineError, PlanError
 from frostline.planning.problem import Choice, Outcome, Problem, State, Table, reachable
 from frostline.tracing.rehearsal import quiet_fake_kernels
@@ -97,9 +97,7 @@ class Tabulator:
             for bits, seconds in clockwork.of_meetings().items():
                 yield self._table((bits,), choices, _if_live(Outcome({"step_seconds": seconds})))
 
-    def _asked(
-        self, group: Group, figures: set[str], clockwork: Clockwork | None
-    ) -> Callable[[State], Outcome]:
+    def _asked(self, group: Group, figures: set[str], clockwork: Clockwork | None) -> Callable[[State], Outcome]:
         def ask(state: State) -> Outcome:
             outcome = _outcome(self.ledger.of_state(group, state), figures)
             if clockwork is not None:
@@ -113,7 +111,7 @@ class Tabulator:
     ) -> Table:
         """The outcome of every state; leaves that are no parameters need a gradient always, and make no condition."""
         varying = tuple(bits for bits in conditions if not bits & self.always)
-        outcomes = {}
+        outcomes: dict[State, Outcome] = {}
         for state in reachable(varying, choices, MOST_STATES):
             if len(outcomes) == MOST_STATES:
                 raise PlanError(

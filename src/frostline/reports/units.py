@@ -114,6 +114,20 @@ def amount_text(figure: str, amount: float) -> str:
     return flops_text(int(amount)) if figure.endswith("_flops") else f"{int(amount):,}"
 
 
+def amount_unit(figure: str, values: Iterable[float]) -> Unit:
+    """The unit for a column of a figure's amounts.
+
+    >>> amount_unit("step_flops", [12_290_000]).name, amount_unit("trainable_parameters", [3]).name
+    ('kFLOP', '')
+    """
+    if figure == "step_seconds":
+        return seconds_unit(values)
+    whole = [int(value) for value in values]
+    if figure.endswith("_bytes"):
+        return bytes_unit(whole)
+    return flops_unit(whole) if figure.endswith("_flops") else Unit("", 1, 0)
+
+
 def difference(predicted: float | None, measured: float | None) -> str:
     """How far a prediction is off, in percent of what was measured; ``-`` where one is not known.
 

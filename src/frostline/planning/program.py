@@ -317,10 +317,9 @@ class Program:
         for figure in self.figures:
             if math.isfinite(limits.get(figure, math.inf)):
                 rows.append(_scaled(self.sums[figure], limits[figure]))
-        for chosen in excluded:
-            count = chosen.bit_count()
-            terms = {self.x[n]: -1.0 if chosen >> n & 1 else 1.0 for n in range(len(self.x))}
-            rows.append((terms, 1.0 - count, math.inf))
+        for made in excluded:
+            terms = {self.x[n]: -1.0 if made >> n & 1 else 1.0 for n in range(len(self.x))}
+            rows.append((terms, 1.0 - made.bit_count(), math.inf))
         target = self.sums[self.minimised] if self.minimised else self.worth
         whole = sum(abs(value) for value in target.terms.values())
         scale = (1 if self.minimised else -1) * _WORTH / (whole or 1)

@@ -6,8 +6,8 @@ import random
 from itertools import combinations
 
 import pytest
-from benchmarks.peers import Chain, chosen_by_chain
 
+from benchmarks.peers import Chain, chosen_by_chain
 from frostline.planning.problem import Choice, Outcome, Problem, Table
 from frostline.planning.program import Program
 

@@ -7,7 +7,7 @@ and storages are the bits of Python integers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from frostline.costing.entry import bits_of, numbers_in
@@ -140,20 +140,29 @@ class Assessment:
         return within and bool(self.trained) and not self.refused
 
 
-def reachable(conditions: Sequence[int], choices: Iterable[Choice], most: int) -> Iterator[State]:
+def reachable(conditions: Sequence[int], choices: int, fixed: int, most: int) -> Iterator[State]:
     """The states of conditions that some choices bring about; of more than ``most`` it ends early.
 
-    >>> list(reachable((0b01, 0b11), [Choice("a", 0b01), Choice("b", 0b10)], 9))
-    [(False, False), (True, True), (False, True)]
+    Args:
+        conditions: the choices of which any makes each hold.
+        choices, fixed: those there are, and those that are made already.
+
+    >>> list(reachable((0b01, 0b11), 0b11, 0, most=9))
+    [(False, False), (False, True), (True, True)]
     """
-    choices = list(choices)
-    fixed = bits_of(n for n, c in enumerate(conditions) if any(o.fixed and o.parameters & c for o in choices))
-    does = {bits_of(n for n, c in enumerate(conditions) if option.parameters & c) for option in choices}
-    seen = {fixed: None}
-    for effect in sorted(does - {0}):
+    effects = {0: choices}  # the conditions that a choice makes hold -> the choices that do
+    for place, members in enumerate(conditions):
+        parted: dict[int, int] = {}
+        for effect, those in effects.items():
+            for more, part in ((0, those & ~members), (1 << place, those & members)):
+                if part:
+                    parted[effect | more] = part
+        effects = parted
+    seen = {bits_of(place for place, members in enumerate(conditions) if members & fixed): None}
+    for effect in sorted(set(effects) - {0}):
         for state in list(seen):
             seen.setdefault(state | effect)
         if len(seen) > most:
             break
     for state in seen:
-        yield tuple([state >> n & 1 == 1 for n in range(len(conditions))])
+        yield tuple([state >> place & 1 == 1 for place in range(len(conditions))])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from frostline.costing.engine import Engine, Group, Ledger
-from frostline.costing.entry import Entry, numbers_in
+from frostline.costing.entry import Entry, bits_of, numbers_in
 from frostline.costing.optimizers import SparseGradientsRefused, optimizer_model
 from frostline.errors import FrostlineError, PlanError
 from frostline.planning.problem import Choice, Outcome, Problem, State, Table, reachable
@@ -46,6 +46,7 @@ class Tabulator:
             PlanError: one call has more states than can be asked about.
         """
         figures = set(figures)
+        self._members: dict[int, int] = {}
         if self.engine.trace.entangled:
             raise Entangled(self.engine.trace.entangled)
         try:
@@ -112,7 +113,9 @@ class Tabulator:
         """The outcome of every state; leaves that are no parameters need a gradient always, and make no condition."""
         varying = tuple(bits for bits in conditions if not bits & self.always)
         outcomes: dict[State, Outcome] = {}
-        for state in reachable(varying, choices, MOST_STATES):
+        members = [self._choices_of(bits, choices) for bits in varying]
+        fixed = bits_of(number for number, choice in enumerate(choices) if choice.fixed)
+        for state in reachable(members, (1 << len(choices)) - 1, fixed, MOST_STATES):
             if len(outcomes) == MOST_STATES:
                 raise PlanError(
                     f"{what} depends on {len(varying)} sets of parameters at once, in more than {MOST_STATES} ways: "
@@ -120,6 +123,14 @@ class Tabulator:
                 )
             outcomes[state] = ask(self._whole(conditions, state))
         return Table(varying, outcomes)
+
+    def _choices_of(self, parameters: int, choices: Sequence[Choice]) -> int:
+        found = self._members.get(parameters)
+        if found is None:
+            found = self._members[parameters] = bits_of(
+                number for number, choice in enumerate(choices) if choice.parameters & parameters
+            )
+        return found
 
     def _whole(self, conditions: tuple[int, ...], state: State) -> State:
         flags = iter(state)

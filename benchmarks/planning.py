@@ -62,7 +62,9 @@ NETWORKS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One budget of one network. Importance is a share of all that there is; FLOPs are shares of the budget."""
+    """One budget of one network. Importance is a share of all that there is; FLOPs are shares of the budget; seconds are
+    the processor's.
+    """
 
     network: str
     tensors: int
@@ -74,6 +76,7 @@ class Row:
     flops: float
     gap: float
     seconds: float
+    seconds_by_the_clock: float
     counted_by_torch: bool | None
 
     @property
@@ -122,18 +125,23 @@ def rows_of(network: str, budgets: tuple[float, ...]) -> list[Row]:
     # (The plans come first: no probe is known to them but those of training everything.)
     everything = trace.cost("@all")
     limits = [everything.forward_flops + int(share * everything.backward_flops) for share in budgets]
-    plans = [fl.plan(trace, {"step_flops": limit}, importance) for limit in limits]
+    plans, took = [], []
+    for limit in limits:
+        started = time.process_time()
+        plans.append(fl.plan(trace, {"step_flops": limit}, importance))
+        took.append(time.process_time() - started)
     chain, names = chain_of(trace, importance)
     total = sum(chain.importance)
     rerun = Rerun(*made) if network == "BERT-base" else None
     rows = []
-    for plan in track(plans, network, console=PROGRESS, refresh_per_second=1):
+    done = list(zip(plans, took, strict=True))
+    for plan, seconds in track(done, network, console=PROGRESS, refresh_per_second=1):
         budget = int(plan.budget["step_flops"])
-        started = time.perf_counter()
+        started = time.process_time()
         quantised, kept = chain.quantised()
         limit = int((budget - everything.forward_flops) / everything.backward_flops * kept * STEPS)
         chosen = [names[place] for place in chosen_by_chain(quantised, max(limit, 0))]
-        peers_seconds = time.perf_counter() - started
+        peers_seconds = time.process_time() - started
         theirs = trace.cost(chosen) if chosen else None
         agrees = None if rerun is None else rerun(list(plan.subset.names)) == plan.cost.step_flops
         rows.append(
@@ -147,7 +155,8 @@ def rows_of(network: str, budgets: tuple[float, ...]) -> list[Row]:
                 won=plan.objective / total,
                 flops=plan.cost.step_flops / budget,
                 gap=float("inf") if plan.gap is None else plan.gap,
-                seconds=plan.solve_seconds,
+                seconds=seconds,
+                seconds_by_the_clock=plan.solve_seconds,
                 counted_by_torch=agrees,
             )
         )
@@ -202,7 +211,9 @@ def markdown(rows: list[Row], command: str) -> str:
         "shape 1 x 512 and Llama 3 8B shape 1 x 2048, bfloat16. Importance: a log-normal draw a tensor, seed "
         f"{SEED}. Budgets are shares of the FLOPs of a step that trains everything, its forward and "
         "15 to 90 % of its backward. A plan's time is all of `fl.plan`: tables, integer program, and costing again, no "
-        "probe remembered on disk (the first plan of a network asks them); tracing is not in it. The peers' costs are "
+        "probe remembered on disk (the first plan of a network asks them); tracing is not in it. Times are seconds of the "
+        "processor, on which one thread runs, for others stopped this process at times (the .json has those by the clock "
+        "as well). The peers' costs are "
         f"quantised to {STEPS} steps, as theirs are, rounded down: so they may come out over the budget. Their program "
         "is vectorised here, and faster than their own.",
     ]

@@ -112,16 +112,15 @@ class Tabulator:
     ) -> Table:
         """The outcome of every state; leaves that are no parameters need a gradient always, and make no condition."""
         varying = tuple(bits for bits in conditions if not bits & self.always)
-        outcomes: dict[State, Outcome] = {}
         members = [self._choices_of(bits, choices) for bits in varying]
         fixed = bits_of(number for number, choice in enumerate(choices) if choice.fixed)
-        for state in reachable(members, (1 << len(choices)) - 1, fixed, MOST_STATES):
-            if len(outcomes) == MOST_STATES:
-                raise PlanError(
-                    f"{what} depends on {len(varying)} sets of parameters at once, in more than {MOST_STATES} ways: "
-                    "plan whole layers, by='layer', or leave some of its parameters out with never="
-                )
-            outcomes[state] = ask(self._whole(conditions, state))
+        states = list(reachable(members, (1 << len(choices)) - 1, fixed, MOST_STATES))
+        if len(states) > MOST_STATES:
+            raise PlanError(
+                f"{what} depends on {len(varying)} sets of parameters at once, in more than {MOST_STATES} ways: "
+                "plan whole layers, by='layer', or leave some of its parameters out with never="
+            )
+        outcomes = {state: ask(self._whole(conditions, state)) for state in states}
         return Table(varying, outcomes)
 
     def _choices_of(self, parameters: int, choices: Sequence[Choice]) -> int:

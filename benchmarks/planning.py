@@ -62,8 +62,8 @@ NETWORKS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One budget of one network. Importance is a share of all that there is; FLOPs are shares of the budget; seconds are
-    the processor's.
+    """One budget of one network. Importance is a share of all that there is; FLOPs are shares of the budget; seconds
+    are the processor's.
     """
 
     network: str
@@ -211,9 +211,9 @@ def markdown(rows: list[Row], command: str) -> str:
         "shape 1 x 512 and Llama 3 8B shape 1 x 2048, bfloat16. Importance: a log-normal draw a tensor, seed "
         f"{SEED}. Budgets are shares of the FLOPs of a step that trains everything, its forward and "
         "15 to 90 % of its backward. A plan's time is all of `fl.plan`: tables, integer program, and costing again, no "
-        "probe remembered on disk (the first plan of a network asks them); tracing is not in it. Times are seconds of the "
-        "processor, on which one thread runs, for others stopped this process at times (the .json has those by the clock "
-        "as well). The peers' costs are "
+        "probe remembered on disk (the first plan of a network asks them); tracing is not in it. Times are seconds of "
+        "the processor, on which one thread runs, for others stopped this process at times (the .json has those by the "
+        "clock as well). The peers' costs are "
         f"quantised to {STEPS} steps, as theirs are, rounded down: so they may come out over the budget. Their program "
         "is vectorised here, and faster than their own.",
     ]

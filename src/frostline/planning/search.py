@@ -169,16 +169,19 @@ class Search:
             margin = (low + high) / 2 if high is not None else margin * 2 + most / 1000
 
     def _fill(self, found: Found, limits: Mapping[str, float], deadline: float) -> None:
-        """Add what still goes in, the most valuable first: to what was found, or to nothing."""
+        """Add what still goes in, the most valuable first: to what was found, or to nothing, then without a deadline
+        until something does.
+        """
         problem = self.problem
         chosen = found.chosen if found.chosen is not None else problem.fixed
-        worth = {n: problem.assess(1 << n | problem.fixed).worth for n in range(len(problem.choices))}
-        for number in sorted(worth, key=lambda n: -worth[n]):
-            if time.perf_counter() > deadline:
+        if found.chosen is None and chosen:
+            self._offer(found, chosen, limits)
+        worth = [sum(problem.values[n] for n in numbers_in(choice.parameters)) for choice in problem.choices]
+        for number in sorted(range(len(worth)), key=lambda n: -worth[n]):
+            if time.perf_counter() > deadline and found.chosen is not None:
                 return
             if not chosen >> number & 1 and self._offer(found, chosen | 1 << number, limits):
                 chosen |= 1 << number
-                found.chosen = chosen if found.chosen is None else found.chosen
 
     def _drop_the_worthless(self, found: Found, limits: Mapping[str, float]) -> None:
         """Leave out choices that add nothing to what is won, where the rest still meets the limits."""

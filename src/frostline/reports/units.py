@@ -118,7 +118,7 @@ def amount_unit(figure: str, values: Iterable[float]) -> Unit:
     """The unit for a column of a figure's amounts.
 
     >>> amount_unit("step_flops", [12_290_000]).name, amount_unit("trainable_parameters", [3]).name
-    ('kFLOP', '')
+    ('MFLOP', '')
     """
     if figure == "step_seconds":
         return seconds_unit(values)

@@ -241,6 +241,9 @@ def test_when_time_runs_out_the_best_so_far_comes_with_its_honest_gap(
     assert plan.gap == pytest.approx((1.1 * best.objective - plan.objective) / plan.objective)
     assert f"no subset within the budget has more than {plan.bound:.4g}" in " ".join(str(plan).split())
     assert "the time limit was reached" in " ".join(str(plan).split())
+    # However little fits, and whatever little time there is, it is found.
+    head = encoder.cost("head.bias").step_flops
+    assert fl.plan(encoder, {"step_flops": head}, scores, time_limit=1e-6).subset.names == ("head.bias",)
     with pytest.raises(fl.FrostlineError, match="time_limit must be a number of seconds above 0"):
         fl.plan(encoder, {"step_flops": "60%"}, scores, time_limit=0)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 from benchmarks import guesses
 from examples import demo, llama, minilm
+from frostline.cli import app
 
 F32, I64 = 4, 8
 
@@ -186,6 +189,19 @@ def test_readme_table_holds_the_demo_figures():
         for label, row in minilm_figures.items()
     }
     assert quoted == printed
+
+
+def test_readme_quotes_the_plan_of_minilm(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    quoted = README.read_text().partition("$ frostline plan ")[2].partition("```")[0]
+    command, _, report = quoted.partition("\n")
+    result = CliRunner().invoke(app, ["plan", *command.split()])
+    assert result.exception is None, result.output
+
+    def settled(text: str) -> str:
+        return re.sub(r"Found in [\d.]+ m?s|torch \d[\w.]*", "*", " ".join(text.split()))
+
+    assert settled(report) == settled(result.output)
 
 
 def test_readme_quotes_the_gpt2_table():

@@ -17,12 +17,15 @@ from frostline.fitting.fit import fit
 from frostline.fitting.result import Fit
 from frostline.measuring.measure import measure
 from frostline.measuring.measurement import Measurement
+from frostline.planning.frontier import Frontier, frontier
+from frostline.planning.plan import plan
+from frostline.planning.result import Plan
 from frostline.running.train_only import Run, train_only
 from frostline.subsets import Subset
 from frostline.tracing.trace import Trace, trace
 
 __version__ = "0.1.0"
 __all__ = [
-    "Comparison", "Cost", "Fit", "FrostlineError", "Measurement", "Run", "Subset", "Trace",
-    "compare", "fit", "measure", "register_flops", "trace", "train_only",
+    "Comparison", "Cost", "Fit", "Frontier", "FrostlineError", "Measurement", "Plan", "Run", "Subset", "Trace",
+    "compare", "fit", "frontier", "measure", "plan", "register_flops", "trace", "train_only",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ __all__ = [
     "FrostlineError",
     "FrostlineWarning",
     "OptimizerError",
+    "PlanError",
     "RunError",
     "SubsetError",
     "TargetError",
@@ -40,6 +41,10 @@ class TargetError(FrostlineError):
 
 class FitError(FrostlineError):
     """Nothing fits into the memory, or it cannot be told which dimension of the inputs is the batch."""
+
+
+class PlanError(FrostlineError):
+    """No subset meets the budget, or what is planned for cannot be read."""
 
 
 class UncountedOpError(FrostlineError):

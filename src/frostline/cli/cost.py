@@ -58,8 +58,8 @@ def cost(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]PATTERN[,PATTERN]",
-            help="A row: names or globs of parameters or modules, a slice, @now @all @head @biases @norms @last:K; a "
-            "leading ! takes away. Repeat for more rows. Without any: the built-in ones.",
+            help="A row: names or globs of parameters or modules, a slice, @now @all @head @biases @norms @last:K, or "
+            "a plan's FILE.json; a leading ! takes away. Repeat for more rows. Without any: the built-in ones.",
         ),
     ] = None,
     freeze: Freeze = None,

@@ -63,7 +63,7 @@ def resolved(asked: Iterable[Asked], model: nn.Module) -> tuple[dict[str, Subset
             if blocks <= int(re.findall(r"\d+", row.pattern)[0]):
                 continue
         try:
-            subset = resolve(row.pattern, model)
+            subset = resolve(_planned(row.pattern), model)
         except SubsetError:
             if not row.optional:
                 raise
@@ -72,6 +72,15 @@ def resolved(asked: Iterable[Asked], model: nn.Module) -> tuple[dict[str, Subset
         labels = found.pop(subset, []) if row.optional else found.get(subset, [])  # @all stays last when it joins @now
         found[subset] = [*labels, row.label]
     return {" = ".join(labels): subset for subset, labels in found.items()}, notes
+
+
+def _planned(pattern: str) -> object:
+    """The plan in a file that is named where a pattern could be; any other pattern as it is."""
+    if not pattern.endswith(".json"):
+        return pattern
+    from frostline.planning.result import Plan
+
+    return Plan.load(pattern)
 
 
 def nothing_left(notes: Sequence[str], model: nn.Module) -> SubsetError:

@@ -46,3 +46,17 @@ def progress(what: str) -> Iterator[Any]:
             bar.update(task, completed=done, total=total or None, description=now)
 
         yield advance
+
+
+@contextmanager
+def clean_stdout() -> Iterator[None]:
+    """What C libraries print goes to stderr: HiGHS has lines of its own at times, and a program may read the report."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

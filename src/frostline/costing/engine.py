@@ -266,6 +266,20 @@ class Ledger:
             state = tuple([live[i] for i in group.conditions])
             yield group, state if wanted is None else (state, tuple([wanted[i] for i in group.conditions]))
 
+    def of_state(self, group: Group, state: State) -> Entry:
+        """What a group costs under ``freeze`` while these of its conditions hold, whichever subset makes them."""
+        entry = group.table.get(state)
+        if entry is None:
+            entry = group.table[state] = self._group_entry(group, self.flags_of(group, state), None)
+        return entry
+
+    def flags_of(self, group: Group, state: State) -> list[bool]:
+        """The state of every condition, as far as a group asks for it."""
+        live = [False] * len(self.conditions)
+        for condition, flag in zip(group.conditions, state, strict=True):
+            live[condition] = flag
+        return live
+
     def _hooks_that_run(self, forward_flags: int, backward_flags: int | None) -> Iterator[tuple[Entry, Unit]]:
         for bits, entry, unit in self.hooks:
             if bits & forward_flags:

@@ -330,15 +330,40 @@ class Simulation:
         saved = self._saved_at(numbers, order)
         name, module = ("loss", "") if op is None else (op.name, op.module)
         transients = int(curve[order]) - saved
-        return standing.moment("forward", name, module, saved=saved, transients=transients, scratch=scratch)
+        return standing.moment(
+            "forward", name, module, saved=saved, transients=transients, scratch=scratch, order=order
+        )
 
     def _backward_moment(self, found: Any, standing: Standing) -> Moment:
         script, level, saved, gradients, scratch = found
         name, module = ("end", "") if script is None else (script.unit.call.name, script.unit.module)
         transients = level - saved - gradients - scratch
+        order = -1 if script is None else script.index
         return standing.moment(
-            "backward", name, module, gradients=gradients, saved=saved, transients=transients, scratch=scratch
-        )
+            "backward", name, module, gradients=gradients, saved=saved, transients=transients, scratch=scratch,
+            order=order,
+        )  # fmt: skip
+
+    # -- what a peak is at least, for a subset to be planned by -------------------------------------------------------
+
+    def forward_floor(self, order: int) -> tuple[int, list[int]]:
+        """What is in memory at an op of the forward: bytes whatever trains, and those of each storage if it is held."""
+        self._refresh()
+        made_before = np.ones(len(self._sizes), dtype=bool)
+        made_before[: len(self._born)] = self._born < self.end
+        by_storage = np.where(made_before & (self._held_until <= order), self._size_array, 0)
+        return int(self._code_alone[order] + self._op_scratch[order]), [int(n) for n in by_storage]
+
+    def first_use(self, parameter: int) -> int:
+        """The first call that uses a parameter, whose backward is the last to add to its gradient; -1: not known."""
+        number_of = self.ledger.graph.tape.parameter_of_leaf
+        uses = [index for leaf, index in self._first_use.items() if number_of.get(leaf) == parameter]
+        return min(uses, default=-1)
+
+    def backward_peak(self, unit: Unit, live: Sequence[bool]) -> int:
+        """Bytes that a unit's backward makes at a time while these of its inputs require grad; 0 if it does not run."""
+        script = self._script(unit, live, None)
+        return script.peak if script is not None and script.runs else 0
 
 
 def _index(script: _Script) -> int:

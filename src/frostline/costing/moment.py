@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 KINDS = ("weights", "inputs", "gradients", "optimizer_state", "saved_activations", "transients", "scratch")
 
@@ -11,13 +11,14 @@ KINDS = ("weights", "inputs", "gradients", "optimizer_state", "saved_activations
 @dataclass(frozen=True)
 class Moment:
     """The memory in use at one moment: while ``op`` runs, in ``module``, in the ``"forward"``, ``"backward"`` or
-    ``"optimizer"`` part of the step.
+    ``"optimizer"`` part of the step. ``order``: which op of the forward, or which call's backward; -1 where not told.
     """
 
     phase: str
     op: str
     module: str
     by_kind: Mapping[str, int]
+    order: int = field(default=-1, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -46,11 +47,11 @@ class Standing:
 
     def moment(
         self, phase: str, op: str, module: str, *, gradients: int = 0, saved: int = 0, transients: int = 0,
-        scratch: int = 0,
+        scratch: int = 0, order: int = -1,
     ) -> Moment:  # fmt: skip
         """The moment at which this much is there besides."""
         amounts = (
             self.weights, self.inputs, sum(self.kept.values()) + gradients, self.optimizer_state, saved, transients,
             scratch,
         )  # fmt: skip
-        return Moment(phase, op, module, dict(zip(KINDS, amounts, strict=True)))
+        return Moment(phase, op, module, dict(zip(KINDS, amounts, strict=True)), order)

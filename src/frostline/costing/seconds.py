@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from frostline.costing.engine import Ledger, masks
+from frostline.costing.engine import Group, Ledger, State, masks
 from frostline.costing.entry import backward_flops
 from frostline.costing.optimizers import OptimizerModel
 from frostline.costing.overhead import LARGEST_KEPT, Overhead
@@ -190,13 +190,49 @@ class Clockwork:
         total.add(self._base)
         live, wanted = ledger.flags(forward_flags, backward_flags)
         for group, key in ledger.states(live, wanted):
-            tally = self._groups.get((id(group), key))
-            if tally is None:
-                tally = self._groups[id(group), key] = Tally()
-                for unit in group.units:
-                    tally.add(self._unit(unit, *ledger.unit_flags(unit, live, wanted)))
-            total.add(tally)
+            total.add(self._group(group, key, live, wanted))
         return total
+
+    def _group(self, group: Group, key: Any, live: list[bool], wanted: list[bool] | None) -> Tally:
+        assert isinstance(self.ledger, Ledger)
+        tally = self._groups.get((id(group), key))
+        if tally is None:
+            tally = self._groups[id(group), key] = Tally()
+            for unit in group.units:
+                tally.add(self._unit(unit, *self.ledger.unit_flags(unit, live, wanted)))
+        return tally
+
+    # -- the parts that a step's total is the sum of, for a subset to be planned by ------------------------------------
+
+    def of_nothing(self) -> float:
+        """Seconds of a step of which nothing trains, but for the groups' own."""
+        self.tally(0, None)
+        assert self._base is not None
+        return self._total(self._base) + self.overhead.optimizer
+
+    def of_state(self, group: Group, state: State) -> float:
+        """Seconds of a group under ``freeze`` while these of its conditions hold."""
+        assert isinstance(self.ledger, Ledger)
+        return self._total(self._group(group, state, self.ledger.flags_of(group, state), None))
+
+    def of_meetings(self) -> dict[int, float]:
+        """Seconds of adding gradients up where they meet, by the parameters (bits) of which any brings that about."""
+        self._meeting(0)
+        return dict(self._joins or {})
+
+    def of_parameter(self, parameter: torch.Tensor, optimizer: OptimizerModel) -> float:
+        """Seconds of the optimizer's step for a parameter."""
+        return self.stepping(optimizer, parameter)
+
+    def of_the_largest(self, parameter: torch.Tensor, optimizer: OptimizerModel) -> float | None:
+        """Seconds on top if no larger parameter trains (see `_largest`); None: it never is among the largest."""
+        if not self._largest_made <= parameter.nbytes <= LARGEST_KEPT:
+            return None
+        return self.overhead.fresh * parameter.nbytes * (1 + optimizer.num_temporaries(parameter))
+
+    def _total(self, tally: Tally) -> float:
+        between = self.overhead.forward * tally.forward_ops + self.overhead.backward * tally.backward_ops
+        return tally.forward + tally.grad_input + tally.grad_weight + tally.recompute + between
 
     def _unit(self, unit: Unit, live: Sequence[bool], wanted: Sequence[bool] | None) -> Tally:
         assert isinstance(self.ledger, Ledger)

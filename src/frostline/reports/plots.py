@@ -1,4 +1,4 @@
-"""Plots of costs: memory over the step, and time and memory against the number of last blocks that train.
+"""Plots of costs: memory over the step, time and memory against the number of last blocks that train, and frontiers.
 
 matplotlib is imported only here, and only when a plot is asked for.
 """
@@ -9,12 +9,15 @@ import importlib.util
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frostline.costing.cost import Cost
 from frostline.costing.moment import KINDS, Moment
 from frostline.errors import FrostlineError
-from frostline.reports.units import Unit, bytes_unit, flops_unit, seconds_unit
+from frostline.reports.units import Unit, amount_unit, bytes_unit, flops_unit, seconds_unit
+
+if TYPE_CHECKING:
+    from frostline.planning.frontier import Frontier
 
 FORMATS = (".png", ".svg")
 MOST_ROWS = 12  # plots of one picture
@@ -86,6 +89,31 @@ def plot_sweep(points: Sequence[tuple[int, Cost]], path: str | Path) -> None:
     peaks = [cost.peak_bytes for cost in costs]
     _draw_curve(right, counts, peaks, bytes_unit(peaks), "peak memory", costs[0].full.peak_bytes)
     figure.suptitle(f"{type(costs[0].trace.model).__name__}, by {costs[0].method}, {costs[0].optimizer}", fontsize=10)
+    figure.savefig(file)
+
+
+def plot_frontier(frontier: Frontier, path: str | Path) -> None:
+    """Draw the importance that each budget wins, as a share, against what it takes of its figure."""
+    file = check_plot(str(path))
+    figure = _figure(6.5, 4)
+    place = figure.subplots()
+    takes = [next(b for b in plan.to_dict()["budgets"] if b["figure"] == frontier.over)["spent"] for plan in frontier]
+    unit = amount_unit(frontier.over, takes)
+    won = [100 * plan.objective / (plan.total or 1.0) for plan in frontier]
+    along = [took / unit.size for took in takes]
+    place.plot(along, won, marker="o", markersize=4, color="#0072b2")
+    at = frontier.knee
+    place.plot([along[at]], [won[at]], marker="o", markersize=9, fillstyle="none", color="#d55e00")
+    place.annotate("knee", (along[at], won[at]), xytext=(8, -10), textcoords="offset points", fontsize=8)
+    if frontier.full:
+        place.axvline(frontier.full / unit.size, color="#7f7f7f", linestyle="--", linewidth=0.8)
+        place.annotate("everything trained", (frontier.full / unit.size, 0), ha="right", va="bottom", fontsize=8)
+    place.set_xlabel(f"{frontier.over}, {unit.name}" if unit.name else frontier.over)
+    place.set_ylabel("importance won, %")
+    place.set_xlim(left=0)
+    place.set_ylim(0, 105)
+    first = frontier.points[0]
+    figure.suptitle(f"{type(frontier.trace.model).__name__}, by {first.method}, {first.optimizer}", fontsize=10)
     figure.savefig(file)
 
 

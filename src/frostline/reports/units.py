@@ -99,6 +99,35 @@ def flops_text(value: int) -> str:
     return f"{unit(value)} {unit.name}"
 
 
+def amount_text(figure: str, amount: float) -> str:
+    """An amount of a figure of a cost, by the unit in its name.
+
+    >>> amount_text("step_flops", 12_290), amount_text("peak_bytes", 2704), amount_text("trainable_parameters", 1200)
+    ('12.29 kFLOP', '2.64 KiB', '1,200')
+    >>> amount_text("step_seconds", 0.1234)
+    '123.4 ms'
+    """
+    if figure == "step_seconds":
+        return seconds_text(amount)
+    if figure.endswith("_bytes"):
+        return bytes_text(int(amount))
+    return flops_text(int(amount)) if figure.endswith("_flops") else f"{int(amount):,}"
+
+
+def amount_unit(figure: str, values: Iterable[float]) -> Unit:
+    """The unit for a column of a figure's amounts.
+
+    >>> amount_unit("step_flops", [12_290_000]).name, amount_unit("trainable_parameters", [3]).name
+    ('MFLOP', '')
+    """
+    if figure == "step_seconds":
+        return seconds_unit(values)
+    whole = [int(value) for value in values]
+    if figure.endswith("_bytes"):
+        return bytes_unit(whole)
+    return flops_unit(whole) if figure.endswith("_flops") else Unit("", 1, 0)
+
+
 def difference(predicted: float | None, measured: float | None) -> str:
     """How far a prediction is off, in percent of what was measured; ``-`` where one is not known.
 

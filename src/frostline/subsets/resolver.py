@@ -73,6 +73,9 @@ class _Resolver:
             self._add(self._of_subset(train), train.matched)
             return str(train)
         if isinstance(getattr(train, "subset", None), Subset):  # a Plan
+            check = getattr(train, "check_model", None)
+            if check is not None:
+                check({name: tuple(param.shape) for name, param in names.params.items()})
             return self.read(cast("Any", train).subset)
         if isinstance(train, nn.Module):
             return self._read_module(train)

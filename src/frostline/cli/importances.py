@@ -1,0 +1,57 @@
+"""What ``--importance`` reads: a file of numbers, or a measure by name. A measure is one entry of `NAMED`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frostline.errors import PlanError
+
+if TYPE_CHECKING:
+    from frostline.tracing.trace import Trace
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Parameter -> what training it is worth, and where that is from."""
+
+    scores: Mapping[str, float]
+    source: str
+
+
+def by_size(trace: Trace) -> Importance:
+    """A tensor is worth its number of elements: what is told of it without a look at data or weights."""
+    scores = {name: float(parameter.numel()) for name, parameter in trace.parameters.items()}
+    return Importance(scores, "size: the number of elements")
+
+
+NAMED: dict[str, Callable[[Trace], Any]] = {"size": by_size}
+
+
+def read_importance(asked: str | None, trace: Trace) -> Any:
+    """What ``--importance`` says about a trace's parameters.
+
+    Raises:
+        PlanError: nothing was asked for, or there is no such measure or file.
+    """
+    known = f"FILE.json (parameter name -> number) or {', '.join(NAMED)}"
+    if asked is None:
+        raise PlanError(f"a plan needs to know what training each parameter is worth: give --importance {known}")
+    if asked in NAMED:
+        return NAMED[asked](trace)
+    path = Path(asked)
+    if not path.is_file():
+        raise PlanError(f"--importance {asked!r} is no file and no measure: give {known}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PlanError(f"--importance {asked!r} is no JSON ({error}): write parameter name -> number") from None
+    scores = data.get("scores", data) if isinstance(data, dict) else data
+    if not isinstance(scores, dict):
+        raise PlanError(
+            f'--importance {asked!r} holds no numbers by name: write {{"name": number}}, alone or as "scores"'
+        )
+    return Importance(scores, f"{path.name}")

@@ -17,12 +17,13 @@ from frostline.fitting.fit import fit
 from frostline.fitting.result import Fit
 from frostline.measuring.measure import measure
 from frostline.measuring.measurement import Measurement
+from frostline.planning.importance import Importance, importance
 from frostline.running.train_only import Run, train_only
 from frostline.subsets import Subset
 from frostline.tracing.trace import Trace, trace
 
 __version__ = "0.1.0"
 __all__ = [
-    "Comparison", "Cost", "Fit", "FrostlineError", "Measurement", "Run", "Subset", "Trace",
-    "compare", "fit", "measure", "register_flops", "trace", "train_only",
+    "Comparison", "Cost", "Fit", "FrostlineError", "Importance", "Measurement", "Run", "Subset", "Trace",
+    "compare", "fit", "importance", "measure", "register_flops", "trace", "train_only",
 ]  # fmt: skip

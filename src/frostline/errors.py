@@ -9,6 +9,7 @@ __all__ = [
     "FitError",
     "FrostlineError",
     "FrostlineWarning",
+    "ImportanceError",
     "OptimizerError",
     "RunError",
     "SubsetError",
@@ -40,6 +41,10 @@ class TargetError(FrostlineError):
 
 class FitError(FrostlineError):
     """Nothing fits into the memory, or it cannot be told which dimension of the inputs is the batch."""
+
+
+class ImportanceError(FrostlineError):
+    """Importance cannot be measured, or what was read is none."""
 
 
 class UncountedOpError(FrostlineError):

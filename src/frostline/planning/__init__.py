@@ -1,0 +1,1 @@
+"""A trace, an importance and a budget -> the best subset."""

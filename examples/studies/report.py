@@ -217,21 +217,27 @@ def plot_scores(found: Table, path: Path) -> Path:
 
 
 def plot_curves(found: Table, path: Path) -> Path:
-    """The training loss and the validation score by epoch, of the first seed."""
-    figure = _figure(10, 4)
-    left, right = figure.subplots(1, 2)
+    """Training loss, and scores of training and validation examples, by epoch, of the first seed."""
+    figure = _figure(13, 4.5)
+    places = figure.subplots(1, 3)
     for line in found.lines:
         run = line.runs[0]
-        epochs = range(1, len(run.losses) + 1)
-        colour, style = _colour(line.label), "-" if line.label in ("everything", "head only") else "--"
-        left.plot(epochs, run.losses, style, color=colour, linewidth=1, label=line.label)
-        right.plot(epochs, run.curve, style, color=colour, linewidth=1)
-    left.set_ylabel("training loss")
-    right.set_ylabel(f"validation {found.task.metric}")
-    for place in (left, right):
+        style = {"color": _colour(line.label), "linewidth": 1, "linestyle": _dashes(line.label)}
+        places[0].plot(range(1, len(run.losses) + 1), run.losses, label=line.label, **style)
+        places[1].plot(run.looked, run.training, **style)
+        places[2].plot(run.looked, run.validated, **style)
+    for place, text in zip(places, ("training loss", "training", "validation"), strict=True):
         place.set_xlabel("epoch")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=6)
+        place.set_ylabel(text if text.endswith("loss") else f"{text} {found.task.metric}")
+    for place in places[1:]:
+        place.set_ylim(min(place.get_ylim()[0] for place in places[1:]), max(p.get_ylim()[1] for p in places[1:]))
+    figure.legend(*places[0].get_legend_handles_labels(), loc="outside right center", fontsize=6)
     return _saved(figure, path)
+
+
+def _dashes(label: str) -> str:
+    """Rows of one colour are told apart by their dashes."""
+    return {"head": "-.", "last": "--", "plan": "--", "peers'": ":"}.get(label.split()[0], "-")
 
 
 def _saved(figure: Any, path: Path) -> Path:

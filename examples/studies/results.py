@@ -15,11 +15,12 @@ class Finished:
 
     Attributes:
         setting: what else decides the outcome (epochs, number of examples ...): runs of another are not mixed in.
-        validation: what rates are chosen by.
+        validation: the last of ``validated``, which rates are chosen by.
         scores: on held-out examples.
         measured_seconds, predicted_seconds: of all training steps; ``share``: predicted, of full training's.
         names: what trained.
-        losses, curve: the training loss and the validation score by epoch.
+        losses: the mean training loss of each epoch.
+        looked, training, validated: epochs, and the scores of training and validation examples after them.
     """
 
     study: str
@@ -35,7 +36,9 @@ class Finished:
     trained: int
     names: list[str]
     losses: list[float] = field(default_factory=list)
-    curve: list[float] = field(default_factory=list)
+    looked: list[int] = field(default_factory=list)
+    training: list[float] = field(default_factory=list)
+    validated: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property

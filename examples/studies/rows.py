@@ -45,7 +45,7 @@ class Costs:
     def importance(self, kind: str, seed: int) -> fl.Importance:
         """From one epoch of what the seed adapts with."""
         batches = self.task.batches(self.task.examples(seed), torch.Generator().manual_seed(seed))
-        return fl.importance(self.model, batches, kind=kind, step=self.task.loss)  # type: ignore[arg-type]
+        return fl.importance(self.task.fresh(seed), batches, kind=kind, step=self.task.loss)  # type: ignore[arg-type]
 
     def seconds(self, names: list[str]) -> float:
         """Of a step, predicted."""

@@ -24,11 +24,14 @@ from examples.studies.training import source_trained
 TOKENS = 48
 BATCH = 30
 SETTINGS = Settings(epochs=6, rates=(5e-5, 2e-4, 1e-3, 5e-3), seeds=(0, 1, 2))
-SHORT = Settings(epochs=1, rates=(2e-4,), seeds=(0,))
+SHORT = Settings(epochs=1, rates=(2e-4,), seeds=(0,), points=1)
 
 
 class Sentiment(Task):
-    """Is a sentence favourable? Labels are the sign of the mean rating."""
+    """Is a sentence favourable? The pretrained MiniLM, fine-tuned on sentences of film reviews, is adapted with 300
+    sentences of electronics reviews, which each seed draws from some 1,250; 300 others are the validation, 1,400 the
+    test. 600 sentences of films show what is forgotten. The label is the sign of the mean of 20 ratings from -4 to 4;
+    sentences nearer to 0 than 0.5 are left out. Dropout as MiniLM was trained with."""
 
     name = "sentiment"
     title = "Sentiment: film reviews to electronics"
@@ -81,7 +84,7 @@ class Sentiment(Task):
 
     # -- model ---------------------------------------------------------------------------------------------------------
 
-    def fresh(self) -> nn.Module:
+    def fresh(self, seed: int) -> nn.Module:
         model, _ = minilm.sentiment()
         path = cache_folder() / f"sentiment-films{'-short' if self.short else ''}.pt"
         return source_trained(self, model, path, self._parts["film training"], epochs=1, rate=2e-4)
@@ -101,26 +104,27 @@ class Sentiment(Task):
 
     # -- results -------------------------------------------------------------------------------------------------------
 
-    def validate(self, model: nn.Module) -> float:
-        return self._accuracy(model, "validation")
+    @property
+    def validation(self) -> Sentences:
+        return self._parts["validation"]
 
-    def scores(self, model: nn.Module) -> dict[str, float]:
-        return {"accuracy": self._accuracy(model, "test"), "films": self._accuracy(model, "film test")}
-
-    def _accuracy(self, model: nn.Module, part: str) -> float:
-        """Dropout off; sentences of like length together, so that little is padding."""
-        sentences = self._parts[part]
-        order = sorted(range(len(sentences.texts)), key=lambda i: len(sentences.texts[i]))
+    def score(self, model: nn.Module, examples: Sentences) -> float:
+        """Sentences of like length are taken together, so that little is padding."""
+        order = sorted(range(len(examples.texts)), key=lambda i: len(examples.texts[i]))
         training = model.training
         model.eval()
         right = 0
         with torch.no_grad():
             for start in range(0, len(order), 50):
                 chosen = order[start : start + 50]
-                logits = model(**self._tokens([sentences.texts[i] for i in chosen], "longest")).logits
-                right += int((logits.argmax(1) == torch.tensor([sentences.labels[i] for i in chosen])).sum())
+                logits = model(**self._tokens([examples.texts[i] for i in chosen], "longest")).logits
+                right += int((logits.argmax(1) == torch.tensor([examples.labels[i] for i in chosen])).sum())
         model.train(training)
         return right / len(order)
+
+    def scores(self, model: nn.Module) -> dict[str, float]:
+        parts = self._parts
+        return {"accuracy": self.score(model, parts["test"]), "films": self.score(model, parts["film test"])}
 
 
 def _shuffled(sentences: Sentences) -> Sentences:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import frostline as fl
+from examples.studies.layers import layers
 from examples.studies.report import Table, table, write_page
 from examples.studies.results import Finished, Results, best_rate
 from examples.studies.rows import Costs, Row, UnavailableError, adapters, rows
@@ -40,15 +41,20 @@ class Study:
 
     def __post_init__(self) -> None:
         self.missing: dict[str, str] = {}
-        self.costs = Costs(self.task, self.task.fresh())
+        self.costs = Costs(self.task, self.task.fresh(self.task.settings.seeds[0]))
         self._lora_costs: Costs | None = None
         self._chosen: dict[tuple[str, int], list[str]] = {}
 
     @property
     def setting(self) -> str:
         """What decides the outcome of a run besides row, rate and seed."""
-        short = ", short" if self.task.short else ""
-        return f"{self.task.settings.epochs} epochs, {torch.get_num_threads()} threads{short}"
+        threads = torch.get_num_threads()
+        parts = (
+            f"{self.task.num_examples} examples",
+            f"{self.task.settings.epochs} epochs",
+            f"{threads} thread{'s' * (threads > 1)}",
+        )
+        return ", ".join(parts)
 
     def run(self, console: Console) -> None:
         """Run what is not finished yet."""
@@ -84,12 +90,12 @@ class Study:
         if row.choose is not None:
             if (row.label, seed) not in self._chosen:
                 self._chosen[row.label, seed] = row.choose(self.costs, seed)
-            return self.task.fresh(), self._chosen[row.label, seed], self.costs
+            return self.task.fresh(seed), self._chosen[row.label, seed], self.costs
         try:
             if self._lora_costs is None:
-                self._lora_costs = Costs(self.task, self.task.lora(self.task.fresh()))
+                self._lora_costs = Costs(self.task, self.task.lora(self.task.fresh(seed)))
             torch.manual_seed(seed)  # the adapters start from random numbers
-            model = self.task.lora(self.task.fresh())
+            model = self.task.lora(self.task.fresh(seed))
         except ImportError as error:
             raise UnavailableError("peft is not installed") from error
         return model, adapters(model), self._lora_costs
@@ -99,7 +105,8 @@ class Study:
         seconds = costs.seconds(names)
         share = seconds / self.costs.seconds(list(self.costs.trace.cost("@all").subset.names))
         trained = adapt(
-            self.task, model, names, rate, seed, epochs=self.task.settings.epochs, validate=True, progress=progress,
+            self.task, model, names, rate, seed, epochs=self.task.settings.epochs,
+            points=self.task.settings.points, progress=progress,
         )  # type: ignore[arg-type] # fmt: skip
         return Finished(
             study=self.task.name,
@@ -108,14 +115,16 @@ class Study:
             rate=rate,
             seed=seed,
             validation=trained.validation[-1],
-            scores=self.task.scores(model),
+            scores={**self.task.scores(model), "training": trained.training[-1]},
             measured_seconds=trained.seconds,
             predicted_seconds=seconds * trained.steps,
             share=share,
             trained=sum(model.get_parameter(name).numel() for name in names),
             names=names,
             losses=trained.losses,
-            curve=trained.validation,
+            looked=trained.looked,
+            training=trained.training,
+            validated=trained.validation,
             versions={
                 "torch": str(torch.__version__),
                 "frostline": fl.__version__,
@@ -131,18 +140,20 @@ class Study:
 def main(task: Task, description: str | None, arguments: Sequence[str] | None = None) -> None:
     """The command line of a study."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = list(rows(task))
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"those to run; by default all: {', '.join(known)}")
     add_options(parser, task)
     asked = parser.parse_args(arguments)
     run(task, asked)
 
 
 def add_options(parser: argparse.ArgumentParser, task: Task) -> None:
+    """The options that all studies have."""
+    known = ", ".join(rows(task)).replace("%", "%%")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"those to run; by default all: {known}")
     parser.add_argument("--seeds", type=int, default=len(task.settings.seeds), help="how many (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=task.settings.epochs, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch's operators (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / f"{task.name}_study.jsonl")
+    parser.add_argument("--layers", action="store_true", help="show each layer of the first step, and run nothing")
     parser.add_argument("--only-table", action="store_true", help="run nothing: show what is finished")
     parser.add_argument("--write", action="store_true", help="write docs/ with the table and the plots")
 
@@ -155,6 +166,9 @@ def run(task: Task, asked: argparse.Namespace) -> None:
     unknown = [label for label in asked.rows if label not in rows(task)]
     if unknown:
         raise SystemExit(f"no row is called {unknown[0]!r}; there are: {', '.join(rows(task))}")
+    if asked.layers:
+        console.print(layers(task))
+        return
     study = Study(task, Results(asked.results), asked.rows or list(rows(task)))
     if not asked.only_table:
         study.run(console)

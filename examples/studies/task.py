@@ -24,11 +24,13 @@ class Settings:
         epochs: passes over the examples.
         rates: learning rates (AdamW) to choose from, by the validation examples and the first seed.
         seeds: each draws its own examples to adapt with, their order, and what dropout drops.
+        points: how many times, spread over the epochs, the validation examples are looked at.
     """
 
     epochs: int
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
+    points: int = 3
 
 
 class Task(ABC):
@@ -38,12 +40,14 @@ class Task(ABC):
     title: ClassVar[str]
     metric: ClassVar[str]  # of `scores`: what rows are compared by
     higher: ClassVar[str]  # what it is called on a plot
+    num_last: ClassVar[tuple[int, ...]] = (1, 2, 3)  # the k of the rows that train the last k blocks
     settings: Settings
     short: bool  # a few examples and steps, for the tests: its figures mean nothing
+    num_examples: int  # to adapt with
 
     @abstractmethod
-    def fresh(self) -> nn.Module:
-        """A model trained on the first kind of data, in the modes that it is adapted in."""
+    def fresh(self, seed: int) -> nn.Module:
+        """A model trained on the first kind of data, in the modes it is adapted in, ready for a seed's examples."""
 
     @abstractmethod
     def examples(self, seed: int) -> Any:
@@ -57,9 +61,14 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of a batch."""
 
+    @property
     @abstractmethod
-    def validate(self, model: nn.Module) -> float:
-        """`metric` on the validation examples: what learning rates are chosen by."""
+    def validation(self) -> Any:
+        """The examples that learning rates are chosen by."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, examples: Any) -> float:
+        """`metric` on some examples, dropout off."""
 
     @abstractmethod
     def scores(self, model: nn.Module) -> dict[str, float]:
@@ -68,11 +77,6 @@ class Task(ABC):
     @abstractmethod
     def lora(self, model: nn.Module) -> nn.Module:
         """The model with LoRA adapters (peft) in it; what trains then has ``requires_grad`` set."""
-
-    @property
-    def num_last(self) -> tuple[int, ...]:
-        """The k of the rows that train the last k blocks."""
-        return (1, 2, 3)
 
 
 def cache_folder() -> Path:

@@ -24,12 +24,14 @@ class Trained:
     Attributes:
         seconds: of all steps, optimizer included: processor time with one thread, else by the wall clock.
         losses: the mean training loss of each epoch.
-        validation: `Task.validate` after each epoch, where it was asked for.
+        looked: the epochs after which `Task.score` was taken, of the ``training`` and the ``validation`` examples.
     """
 
     seconds: float = 0.0
     steps: int = 0
     losses: list[float] = field(default_factory=list)
+    looked: list[int] = field(default_factory=list)
+    training: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
 
 
@@ -42,10 +44,15 @@ def adapt(
     *,
     epochs: int,
     examples: Any = None,
-    validate: bool = False,
+    points: int = 0,
     progress: Progress | None = None,
 ) -> Trained:
-    """Train ``names`` by `frostline.train_only`: AdamW, the rate falling to zero along a line."""
+    """Train ``names`` by `frostline.train_only`: AdamW, the rate falling to zero along a line.
+
+    Args:
+        examples: by default those of the seed.
+        points: how many times, spread over the epochs, the scores are taken.
+    """
     examples = task.examples(seed) if examples is None else examples
     order = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # dropout
@@ -56,7 +63,7 @@ def adapt(
     with fl.train_only(model, list(names)) as run:
         optimizer = torch.optim.AdamW(run.parameters(), lr=rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total)
-        for _ in range(epochs):
+        for epoch in range(1, epochs + 1):
             losses = []
             for batch in task.batches(examples, order):
                 start = clock()
@@ -71,8 +78,10 @@ def adapt(
                 if progress is not None:
                     progress(trained.steps, total)
             trained.losses.append(sum(losses) / len(losses))
-            if validate:
-                trained.validation.append(task.validate(model))
+            if epoch * points // epochs > (epoch - 1) * points // epochs:
+                trained.looked.append(epoch)
+                trained.training.append(task.score(model, examples))
+                trained.validation.append(task.score(model, task.validation))
     return trained
 
 

@@ -58,8 +58,8 @@ class Line:
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean, and the standard error of the mean; None for a single value.
 
-    >>> mean_and_error([1.0, 2.0, 3.0])
-    (2.0, 0.5773502691896257)
+    >>> tuple(round(each, 3) for each in mean_and_error([1.0, 2.0, 3.0]))
+    (2.0, 0.577)
     """
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.mean(values), error

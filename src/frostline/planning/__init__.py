@@ -1,1 +1,1 @@
-"""A trace, an importance and a budget -> the best subset."""
+"""Trace, importance and budget -> Plan: the subset that is worth most of those that a budget allows."""

@@ -53,9 +53,10 @@ class Costs:
         assert seconds is not None
         return seconds
 
-    def share(self, names: list[str]) -> float:
-        """Of a full step's seconds, predicted."""
-        return self.seconds(names) / self.seconds(list(self.trace.cost("@all").subset.names))
+    @cached_property
+    def full_seconds(self) -> float:
+        """Of a step that trains everything, predicted."""
+        return self.seconds(list(resolve("@all", self.model).names))
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,11 @@ def _plan(share: int, kind: str) -> Callable[[Costs, int], list[str]]:
         plan = getattr(fl, "plan", None)
         if plan is None:
             raise UnavailableError("this frostline has no fl.plan")
-        found = plan(costs.trace, {"step_seconds": f"{share}%"}, costs.importance(kind, seed), method="train-only")
+        limit = share / 100 * costs.full_seconds
+        try:
+            found = plan(costs.trace, {"step_seconds": limit}, costs.importance(kind, seed), method="train-only")
+        except fl.FrostlineError as error:  # such as a budget that nothing meets
+            raise UnavailableError(str(error)) from error
         return list(found.subset.names)
 
     return choose

@@ -103,7 +103,6 @@ class Study:
     def _finish(self, row: Row, rate: float, seed: int, progress: object) -> Finished:
         model, names, costs = self._prepare(row, seed)
         seconds = costs.seconds(names)
-        share = seconds / self.costs.seconds(list(self.costs.trace.cost("@all").subset.names))
         trained = adapt(
             self.task, model, names, rate, seed, epochs=self.task.settings.epochs,
             points=self.task.settings.points, progress=progress,
@@ -118,7 +117,7 @@ class Study:
             scores={**self.task.scores(model), "training": trained.training[-1]},
             measured_seconds=trained.seconds,
             predicted_seconds=seconds * trained.steps,
-            share=share,
+            share=seconds / self.costs.full_seconds,
             trained=sum(model.get_parameter(name).numel() for name in names),
             names=names,
             losses=trained.losses,

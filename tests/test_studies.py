@@ -148,6 +148,7 @@ def test_a_row_is_shown_once_every_rate_was_tried(tmp_path: Path):
     (line,) = report.table(task, results, "here", ["everything"]).lines
     assert line.rate == 0.2
     assert line.of("accuracy") == pytest.approx((0.7, 0.1))
+    assert report.table(task, results, "here", ["everything", "norms"]).waiting == ["norms"]
 
 
 def test_findings_say_so_when_a_plan_loses(tmp_path: Path):
@@ -159,11 +160,11 @@ def test_findings_say_so_when_a_plan_loses(tmp_path: Path):
             for seed in range(3)
         ]
         lines.append(report.Line(label, 0.1, runs))
-    (said,) = report.findings(report.Table(task, "here", lines))
+    (said,) = report.findings(report.Table(task, "here", lines, []))
     assert "standard errors below" in said
     assert "not above the best of last-k" in said
     better = [*lines[:2], report.Line("plan 50 %, taylor", 0.1, lines[0].runs)]
-    (said,) = report.findings(report.Table(task, "here", better))
+    (said,) = report.findings(report.Table(task, "here", better, []))
     assert "above it" in said
     assert "; above the best of" in said
 

@@ -72,6 +72,7 @@ class Table:
     task: Task
     setting: str
     lines: list[Line]
+    waiting: list[str]  # rows that are not finished
 
     @property
     def scores(self) -> list[str]:
@@ -114,8 +115,8 @@ def _with_error(mean: float, error: float | None) -> str:
 
 
 def table(task: Task, results: Results, setting: str, labels: Sequence[str]) -> Table:
-    """The rows whose learning rate has been chosen, each by its runs at that rate."""
-    lines = []
+    """The rows whose learning rate has been chosen, each by its runs at that rate (a seed may be missing yet)."""
+    lines, waiting = [], []
     first = task.settings.seeds[0]
     for label in labels:
         runs = results.of(task.name, setting, label)
@@ -124,7 +125,9 @@ def table(task: Task, results: Results, setting: str, labels: Sequence[str]) -> 
             best = best_rate(runs, first)
             chosen = [run for run in runs if run.rate == best and run.seed in task.settings.seeds]
             lines.append(Line(label, best, sorted(chosen, key=lambda run: run.seed)))
-    return Table(task, setting, lines)
+        if not lines or lines[-1].label != label or len(lines[-1].runs) < len(task.settings.seeds):
+            waiting.append(label)
+    return Table(task, setting, lines, waiting)
 
 
 def findings(found: Table) -> list[str]:
@@ -165,6 +168,8 @@ def write_page(task: Task, found: Table, folder: Path, missing: dict[str, str]) 
         plot_curves(found, folder / f"{task.name}_curves.svg"),
     ]
     absent = [f"- left out: {label}, because {why}." for label, why in missing.items()]
+    waiting = [label for label in found.waiting if label not in missing]
+    absent += [f"- not run to the end yet: {', '.join(waiting)}."] * bool(waiting)
     text = [
         f"# {task.title}",
         "",

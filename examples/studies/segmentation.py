@@ -69,7 +69,7 @@ class Segmentation(Task):
 
     # -- model ---------------------------------------------------------------------------------------------------------
 
-    def fresh(self, seed: int) -> nn.Module:
+    def start(self, seed: int) -> nn.Module:
         path = cache_folder() / f"segmentation-fluorescence{'-short' if self.short else ''}.pt"
         epochs = 1 if self.short else 8
         model = unet.pretrained().train()

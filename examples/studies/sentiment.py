@@ -84,7 +84,7 @@ class Sentiment(Task):
 
     # -- model ---------------------------------------------------------------------------------------------------------
 
-    def fresh(self, seed: int) -> nn.Module:
+    def start(self, seed: int) -> nn.Module:
         model, _ = minilm.sentiment()
         path = cache_folder() / f"sentiment-films{'-short' if self.short else ''}.pt"
         return source_trained(self, model, path, self._parts["film training"], epochs=1, rate=2e-4)

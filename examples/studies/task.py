@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,8 +48,18 @@ class Task(ABC):
     num_examples: int  # to adapt with
 
     @abstractmethod
-    def fresh(self, seed: int) -> nn.Module:
+    def start(self, seed: int) -> nn.Module:
         """A model trained on the first kind of data, in the modes it is adapted in, ready for a seed's examples."""
+
+    def fresh(self, seed: int) -> nn.Module:
+        """A copy of `start`, which is made once for each seed."""
+        if seed not in self._starts:
+            self._starts[seed] = self.start(seed)
+        return copy.deepcopy(self._starts[seed])
+
+    @cached_property
+    def _starts(self) -> dict[int, nn.Module]:
+        return {}
 
     @abstractmethod
     def examples(self, seed: int) -> Any:

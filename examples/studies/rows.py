@@ -1,16 +1,15 @@
 """The rows of a study: which parameters train.
 
-Plans need `frostline.plan`, and the peers' dynamic program `benchmarks.planning`; without them their rows are left out,
+Plans need `frostline.plan`, and the peers' dynamic program `benchmarks.peers`; without them their rows are left out,
 and the study says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +20,6 @@ from frostline.subsets import resolve
 
 KINDS = ("gradient_norm", "relative_gradient_norm", "taylor")
 SHARES = (50, 35)
-PEER = "benchmarks.planning:dynamic_program"
 
 
 class UnavailableError(Exception):
@@ -78,7 +76,7 @@ def rows(task: Task) -> dict[str, Row]:
     fixed = [
         ("everything", "everything", "@all"),
         ("head only", "last blocks", "@head"),
-        *((f"last {k}", "last blocks", f"@last:{k}") for k in task.num_last),
+        *((label, "last blocks", pattern) for label, pattern in task.last.items()),
         ("all biases", "biases", "@biases"),
         ("norms", "norms", "@norms"),
     ]
@@ -91,7 +89,7 @@ def rows(task: Task) -> dict[str, Row]:
     return {row.label: row for row in found}
 
 
-def _pattern(pattern: str) -> Callable[[Costs, int], list[str]]:
+def _pattern(pattern: str | list[str]) -> Callable[[Costs, int], list[str]]:
     return lambda costs, seed: list(resolve(pattern, costs.model).names)
 
 
@@ -111,13 +109,36 @@ def _plan(share: int, kind: str) -> Callable[[Costs, int], list[str]]:
 
 
 def _peer(share: int, kind: str) -> Callable[[Costs, int], list[str]]:
+    """What ElasticTrainer and GreenTrainer would choose: `benchmarks.peers` on the tensors as a chain.
+
+    The chain is in the reverse order of ``named_parameters()``, as theirs. Its seconds come from the same costs as a
+    plan's: training the last k tensors and training the k-th alone tell what each takes by itself and what it takes to
+    pass the gradient by. Where the network is no chain, the time that it really takes is another than they think.
+    """
+
     def choose(costs: Costs, seed: int) -> list[str]:
-        module, _, function = PEER.partition(":")
         try:
-            program: Callable[[fl.Trace, float, Mapping[str, float]], Any] = getattr(import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise UnavailableError(f"there is no {PEER}") from error
-        return list(program(costs.trace, share / 100, costs.importance(kind, seed).scores))
+            peers = import_module("benchmarks.peers")
+        except ImportError as error:
+            raise UnavailableError("there is no benchmarks.peers") from error
+        names = list(resolve("@all", costs.model).names)[::-1]
+        alone = [costs.seconds([name]) for name in names]
+        together = [costs.seconds(names[: k + 1]) for k in range(len(names))]
+        owned = [max(0.0, after - single) for after, single in zip(together[1:], alone[1:], strict=True)]
+        own = [max(0.0, b - a) for a, b in zip([0.0, *owned], owned, strict=False)]
+        own.append(max(0.0, together[-1] - together[-2]))
+        forward = alone[0] - own[0]
+        reach = [max(0.0, single - forward - each) for single, each in zip(alone, own, strict=True)]
+        passing = [max(0.0, b - a) for a, b in zip(reach, reach[1:], strict=False)] + [0.0]
+        scores = costs.importance(kind, seed).scores
+        chain, kept = peers.Chain(passing, own, [scores[name] for name in names]).quantised()
+        room = (share / 100 * costs.full_seconds - forward) / (costs.full_seconds - forward)
+        if room <= 0:
+            raise UnavailableError(f"the forward alone takes {100 * forward / costs.full_seconds:.0f} % of a full step")
+        chosen = peers.chosen_by_chain(chain, int(room * kept * peers.STEPS))
+        if not chosen:
+            raise UnavailableError("it finds nothing within the budget")
+        return [names[place] for place in chosen]
 
     return choose
 

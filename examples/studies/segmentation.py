@@ -36,7 +36,12 @@ class Segmentation(Task):
     title = "Segmentation: fluorescence to stained tissue"
     metric = "Dice"
     higher = "Dice on held-out tissue"
-    num_last = (1, 8)
+    last = {  # noqa: RUF012
+        "last 1": ["ups.3", "head"],
+        "last 2": ["ups.2", "ups.3", "head"],
+        "last 4, the way up": ["ups", "head"],
+        "last 5": "@last:1",  # with the encoder's last block
+    }
 
     def __init__(self, path: Path, settings: Settings | None = None, *, short: bool = False) -> None:
         self.path = path

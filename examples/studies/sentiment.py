@@ -37,6 +37,7 @@ class Sentiment(Task):
     title = "Sentiment: film reviews to electronics"
     metric = "accuracy"
     higher = "accuracy on held-out electronics"
+    last = {f"last {k}": f"@last:{k}" for k in (1, 2, 3)}  # noqa: RUF012
 
     def __init__(self, settings: Settings | None = None, *, short: bool = False) -> None:
         self.settings = settings or (SHORT if short else SETTINGS)

@@ -42,7 +42,7 @@ class Task(ABC):
     title: ClassVar[str]
     metric: ClassVar[str]  # of `scores`: what rows are compared by
     higher: ClassVar[str]  # what it is called on a plot
-    num_last: ClassVar[tuple[int, ...]] = (1, 2, 3)  # the k of the rows that train the last k blocks
+    last: ClassVar[dict[str, str | list[str]]]  # the rows that train the last k blocks, by label
     settings: Settings
     short: bool  # a few examples and steps, for the tests: its figures mean nothing
     num_examples: int  # to adapt with

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -125,11 +126,11 @@ def _peer(share: int, kind: str) -> Callable[[Costs, int], list[str]]:
         alone = [costs.seconds([name]) for name in names]
         together = [costs.seconds(names[: k + 1]) for k in range(len(names))]
         owned = [max(0.0, after - single) for after, single in zip(together[1:], alone[1:], strict=True)]
-        own = [max(0.0, b - a) for a, b in zip([0.0, *owned], owned, strict=False)]
+        own = [max(0.0, b - a) for a, b in pairwise([0.0, *owned])]
         own.append(max(0.0, together[-1] - together[-2]))
         forward = alone[0] - own[0]
         reach = [max(0.0, single - forward - each) for single, each in zip(alone, own, strict=True)]
-        passing = [max(0.0, b - a) for a, b in zip(reach, reach[1:], strict=False)] + [0.0]
+        passing = [max(0.0, b - a) for a, b in pairwise(reach)] + [0.0]
         scores = costs.importance(kind, seed).scores
         chain, kept = peers.Chain(passing, own, [scores[name] for name in names]).quantised()
         room = (share / 100 * costs.full_seconds - forward) / (costs.full_seconds - forward)

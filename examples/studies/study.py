@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,12 +66,13 @@ class Study:
             whole = progress.add_task(self.task.name, total=count)
             single = progress.add_task("")
 
+            def advance(done: int, of: int) -> None:
+                progress.update(single, completed=done, total=of)
+
             def one(row: Row, rate: float, seed: int) -> None:
                 progress.update(single, description=f"{row.label}, rate {rate:g}, seed {seed}", completed=0, total=None)
                 if self.results.get(self.task.name, self.setting, row.label, rate, seed) is None:
-                    self.results.add(self._finish(row, rate, seed, lambda done, of: progress.update(
-                        single, completed=done, total=of
-                    )))  # fmt: skip
+                    self.results.add(self._finish(row, rate, seed, advance))
                 progress.advance(whole)
 
             for label in self.labels:
@@ -100,13 +101,13 @@ class Study:
             raise UnavailableError("peft is not installed") from error
         return model, adapters(model), self._lora_costs
 
-    def _finish(self, row: Row, rate: float, seed: int, progress: object) -> Finished:
+    def _finish(self, row: Row, rate: float, seed: int, advance: Callable[[int, int], None]) -> Finished:
         model, names, costs = self._prepare(row, seed)
         seconds = costs.seconds(names)
         trained = adapt(
             self.task, model, names, rate, seed, epochs=self.task.settings.epochs,
-            points=self.task.settings.points, progress=progress,
-        )  # type: ignore[arg-type] # fmt: skip
+            points=self.task.settings.points, progress=advance,
+        )  # fmt: skip
         return Finished(
             study=self.task.name,
             setting=self.setting,

@@ -37,7 +37,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kernel is timed a few times only: the plans need not be good here."""
     monkeypatch.setattr(stopwatch, "ROTATED_BYTES", 1 << 20)
     monkeypatch.setattr(stopwatch, "MOST_SAMPLES", 1)
-    monkeypatch.setattr(rows, "SHARES", (80,))  # so roughly timed, half of a step may be less than the forward
+    for task in (Sentiment, Segmentation):
+        monkeypatch.setattr(task, "shares", (80,))  # so roughly timed, half of a step may be less than the forward
 
 
 def needs(package: str) -> None:

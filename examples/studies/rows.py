@@ -20,7 +20,6 @@ from examples.studies.task import Task
 from frostline.subsets import resolve
 
 KINDS = ("gradient_norm", "relative_gradient_norm", "taylor")
-SHARES = (50, 35)
 
 
 class UnavailableError(Exception):
@@ -83,9 +82,9 @@ def rows(task: Task) -> dict[str, Row]:
     ]
     found = [Row(label, family, _pattern(pattern)) for label, family, pattern in fixed]
     found.append(Row("LoRA", "LoRA", None))
-    for share in SHARES:
+    for share in task.shares:
         found += [Row(f"peers' program {share} %, {kind}", "peers", _peer(share, kind)) for kind in KINDS[:1]]
-    for share in SHARES:
+    for share in task.shares:
         found += [Row(f"plan {share} %, {kind}", f"plan, {kind}", _plan(share, kind)) for kind in KINDS]
     return {row.label: row for row in found}
 

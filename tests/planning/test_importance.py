@@ -192,6 +192,21 @@ def test_a_gradient_that_comes_in_parts_is_taken_whole(kind: str):
     assert all(batch.grad is None for batch in batches)
 
 
+def test_what_a_norm_takes_the_scale_of_has_no_taylor_score():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, eps=1e-12), nn.Flatten(), nn.Linear(288, 2))
+    batch, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])
+
+    def scores(kind: str) -> dict[str, float]:
+        found = fl.importance(model, [batch], loss=lambda y: F.cross_entropy(y, labels), kind=kind)
+        return dict(found.scores)
+
+    assert scores("taylor")["0.weight"] < 1e-6 < 1e-3 < scores("taylor")["3.weight"]
+    assert scores("gradient_norm")["0.weight"] > 1e-3
+    model.eval()
+    assert scores("taylor")["0.weight"] > 1e-3  # by fixed statistics the scale counts
+
+
 # -- all as before ----------------------------------------------------------------------------------------------------
 
 

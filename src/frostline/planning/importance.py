@@ -48,10 +48,10 @@ def importance(
     - ``"taylor"``: |w . g|, by how much the loss would change, to first order, if the parameter were set to zero.
       Source: Molchanov et al., "Importance Estimation for Neural Network Pruning" (CVPR 2019) and, for feature maps,
       "Pruning Convolutional Neural Networks for Resource Efficient Inference" (ICLR 2017). Good at: comparing tensors
-      of different size and scale on one scale, the loss's own. Bad at: weights before a batch, layer or group norm,
-      whose scale the norm takes out again, so that w . g is zero whatever they are worth (Euler's theorem on
-      homogeneous functions); what is zero now (a fresh bias, LoRA's B); a tensor whose elements pull in opposite
-      directions, which cancel. It was made to say what may be cut away, not what should move.
+      of different size and scale on one scale, the loss's own. Bad at: weights whose scale the norm behind them takes
+      out again (a convolution before a batch norm in train mode), for which w . g is zero whatever they are worth, by
+      Euler's theorem on homogeneous functions; what is zero now (a fresh bias, LoRA's B); a tensor whose elements pull
+      in opposite directions, which cancel. It was made to say what may be cut away, not what should move.
     - ``"gradient_norm"``: ||g||, how steep the loss is along the tensor. Good at: finding where a small step of
       plain gradient descent helps most, zero weights and weights before a norm included. Bad at: different scales. It
       grows with a tensor's size and shrinks as its weights grow: it prefers large tensors, and those of small values.

@@ -151,6 +151,9 @@ def add_options(parser: argparse.ArgumentParser, task: Task) -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"those to run; by default all: {known}")
     parser.add_argument("--seeds", type=int, default=len(task.settings.seeds), help="how many (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=task.settings.epochs, help="(default: %(default)s)")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=task.settings.rates, help="learning rates to choose from"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch's operators (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / f"{task.name}_study.jsonl")
     parser.add_argument("--layers", action="store_true", help="show each layer of the first step, and run nothing")
@@ -162,7 +165,9 @@ def run(task: Task, asked: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     console = Console()
     torch.set_num_threads(asked.threads)
-    task.settings = replace(task.settings, epochs=asked.epochs, seeds=tuple(range(asked.seeds)))
+    task.settings = replace(
+        task.settings, epochs=asked.epochs, seeds=tuple(range(asked.seeds)), rates=tuple(asked.rates)
+    )
     unknown = [label for label in asked.rows if label not in rows(task)]
     if unknown:
         raise SystemExit(f"no row is called {unknown[0]!r}; there are: {', '.join(rows(task))}")

@@ -18,6 +18,7 @@ from frostline.fitting.result import Fit
 from frostline.measuring.measure import measure
 from frostline.measuring.measurement import Measurement
 from frostline.planning.frontier import Frontier, frontier
+from frostline.planning.importance import Importance, importance
 from frostline.planning.plan import plan
 from frostline.planning.result import Plan
 from frostline.running.train_only import Run, train_only
@@ -26,6 +27,6 @@ from frostline.tracing.trace import Trace, trace
 
 __version__ = "0.1.0"
 __all__ = [
-    "Comparison", "Cost", "Fit", "Frontier", "FrostlineError", "Measurement", "Plan", "Run", "Subset", "Trace",
-    "compare", "fit", "frontier", "measure", "plan", "register_flops", "trace", "train_only",
+    "Comparison", "Cost", "Fit", "Frontier", "FrostlineError", "Importance", "Measurement", "Plan", "Run", "Subset",
+    "Trace", "compare", "fit", "frontier", "importance", "measure", "plan", "register_flops", "trace", "train_only",
 ]  # fmt: skip

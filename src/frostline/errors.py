@@ -9,6 +9,7 @@ __all__ = [
     "FitError",
     "FrostlineError",
     "FrostlineWarning",
+    "ImportanceError",
     "OptimizerError",
     "PlanError",
     "RunError",
@@ -45,6 +46,10 @@ class FitError(FrostlineError):
 
 class PlanError(FrostlineError):
     """No subset meets the budget, or what is planned for cannot be read."""
+
+
+class ImportanceError(FrostlineError):
+    """Importance cannot be measured, or what was read is none."""
 
 
 class UncountedOpError(FrostlineError):

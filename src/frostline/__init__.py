@@ -20,9 +20,10 @@ from frostline.measuring.measurement import Measurement
 from frostline.running.train_only import Run, train_only
 from frostline.subsets import Subset
 from frostline.tracing.trace import Trace, trace
+from frostline.watching.watch import Watch, watch
 
 __version__ = "0.1.0"
 __all__ = [
     "Comparison", "Cost", "Fit", "FrostlineError", "Measurement", "Run", "Subset", "Trace",
-    "compare", "fit", "measure", "register_flops", "trace", "train_only",
+    "Watch", "compare", "fit", "measure", "register_flops", "trace", "train_only", "watch",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from frostline.cli import cost, fit, measure
+from frostline.cli import cost, fit, measure, watch
 from frostline.errors import FrostlineError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command(epilog=cost.EXAMPLES)(cost.cost)
 app.command(epilog=measure.EXAMPLES)(measure.measure)
 app.command(epilog=fit.EXAMPLES)(fit.fit)
+app.command(epilog=watch.EXAMPLES, context_settings=watch.SETTINGS)(watch.watch)
 
 
 def _print_version(asked: bool) -> None:

@@ -60,6 +60,10 @@ def mended(path: Path, finding: Finding) -> Path:
     assert finding.fix.line, f"no line is known for the fix of {finding.rule}"
     lines = path.read_text().splitlines()
     at = finding.fix.line - 1
+    if finding.fix.replaces:
+        assert finding.fix.replaces in lines[at]
+        lines[at] = lines[at].replace(finding.fix.replaces, finding.fix.code)
+        return write(path.parent, "\n".join(lines) + "\n", "mended.py")
     indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
     lines[at:at] = textwrap.indent(finding.fix.code, indent).splitlines()
     return write(path.parent, "\n".join(lines) + "\n", "mended.py")

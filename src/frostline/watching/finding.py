@@ -42,12 +42,19 @@ class Figures:
 
 @dataclass(frozen=True)
 class Fix:
-    """Code to paste. ``where`` says where it goes; ``line`` is the line of ``path`` to put it before, if known."""
+    """Code to paste.
+
+    Attributes:
+        where: where it goes, in words.
+        path, line: the line to put it before, if known.
+        replaces: on that line, the text that the code takes the place of; '' where it is put before it.
+    """
 
     code: str
     where: str
     path: str = ""
     line: int = 0
+    replaces: str = ""
 
 
 @dataclass(frozen=True)

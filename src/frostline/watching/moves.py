@@ -29,18 +29,21 @@ class Moves:
         looks = self._looks.get(fact.number, 0)
         for group in fact.optimizer.param_groups:
             for parameter in group["params"]:
-                if not parameter.requires_grad:
+                if id(parameter) not in known:
+                    if parameter.grad is not None:
+                        self.record.stray.add(id(parameter))
+                elif not parameter.requires_grad:
                     has = parameter.grad is not None
-                    if looks < _MOST_LOOKS and has and id(parameter) in known:
+                    if looks < _MOST_LOOKS and has:
                         momentum = float(group.get("momentum", 0.0) or 0.0)
                         self._frozen.append((id(parameter), parameter, parameter.detach().clone(), momentum, has))
                 elif inspect and id(parameter) in self._watched:
-                    self._look_at_rows(parameter, group, known)
+                    self._look_at_rows(parameter, group)
         if self._frozen:
             self._looks[fact.number] = looks + 1
 
-    def _look_at_rows(self, parameter: Tensor, group: dict[str, Any], known: dict[int, ParameterFact]) -> None:
-        if id(parameter) not in known or parameter.dim() < 2 or parameter.grad is None or parameter.grad.is_sparse:
+    def _look_at_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        if parameter.dim() < 2 or parameter.grad is None or parameter.grad.is_sparse:
             return
         raw = self._raw.pop(id(parameter), None)
         if raw is None:
@@ -63,7 +66,9 @@ class Moves:
 
         handle = parameter.register_hook(note)
         hooks: Any = parameter._backward_hooks
-        hooks.move_to_end(handle.id, last=False)
+        others = [(key, hook) for key, hook in hooks.items() if key != handle.id]
+        hooks.clear()  # (torch walks the plain dict inside: OrderedDict.move_to_end would not be seen)
+        hooks.update([(handle.id, note), *others])
         self._watched[id(parameter)] = handle
 
     def after(self, fact: OptimizerFact) -> None:

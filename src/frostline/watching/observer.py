@@ -146,6 +146,8 @@ class Observer:
         model = self._model_of(_unwrapped(module))
         if model is not None:
             model.calls += 1
+            if model.place is None and module.training:
+                model.place = caller(own=True)
             self._module_called(module)
 
     def _module_called(self, module: nn.Module) -> None:
@@ -162,15 +164,16 @@ class Observer:
             fact.without_grad += 1
         fact.training += module.training
 
-    def _after_module(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+    def _after_module(self, module: nn.Module, args: Any, *rest: Any) -> None:
+        """``rest``: keyword arguments and the result; after an error only None."""
         stack = self._local.stack
         if not stack:
             return
         while stack:  # what an exception skipped goes too
             if stack.pop() is module:
                 break
-        if not stack and self._inspects and self._here:
-            self._safely(self._model_returned, module, args, kwargs, result)
+        if not stack and len(rest) == 2 and self._inspects and self._here:
+            self._safely(self._model_returned, module, args, *rest)
 
     def _model_returned(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         if self._passes_in_step >= _MOST_PASSES or result is None:
@@ -246,6 +249,7 @@ class Observer:
         self._look_at_flags()
         if self._inspects:
             fact.variable = fact.variable or called(optimizer)
+            fact.step_place = fact.step_place or caller(own=True)
         self._moves.before(fact, self._by_parameter, inspect=self._inspects)
 
     def _look_at_flags(self) -> None:
@@ -282,7 +286,11 @@ class Observer:
     # -- backward ------------------------------------------------------------------------------------------------------
 
     def _run_backward(self, original: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._here or self._backward:
+        if not self._here:
+            return original(outputs, *args, **kwargs)
+        if self._backward:  # of a reentrant checkpoint
+            if self._inspects:
+                self._safely(self._look_inside_pass, tuple(outputs))
             return original(outputs, *args, **kwargs)
         self.record.num_passes += 1
         if self._inspects:
@@ -298,20 +306,29 @@ class Observer:
         gradients = tuple(args[0]) if args and args[0] is not None else (None,) * len(roots)
         inputs = args[3] if len(args) > 3 else kwargs.get("inputs")
         accumulates = bool(kwargs.get("accumulate_grad", False))
-        starts = [root.grad_fn if isinstance(root, Tensor) else root.node for root in roots]
-        variables = {id(node.variable) for node in graph(starts) if hasattr(node, "variable")}
+        variables = _variables(roots)
         if inputs:
-            variables &= {id(each) for each in inputs if isinstance(each, Tensor)}
-        reached = frozenset(variables & self._by_parameter.keys())
+            wanted = {id(each) for each in inputs if isinstance(each, Tensor)}
+            variables = {number: each for number, each in variables.items() if number in wanted}
+        reached = frozenset(variables.keys() & self._by_parameter.keys())
+        self._reached(reached, accumulates)
+        replay, why = self._replay(roots, gradients)
+        self._passes_in_step += 1
+        steps = self.record.num_steps
+        self.record.passes.append(PassFact(steps, caller(), accumulates, reached, replay, why))
+
+    def _look_inside_pass(self, roots: tuple[Any, ...]) -> None:
+        reached = frozenset(_variables(roots).keys() & self._by_parameter.keys())
+        self._reached(reached, accumulates=True)
+        if self.record.passes:
+            self.record.passes[-1].reached |= reached
+
+    def _reached(self, reached: frozenset[int], accumulates: bool) -> None:
         for number in reached:
             fact = self._by_parameter[number]
             fact.reached += 1
             if accumulates and fact.parameter._backward_hooks:
                 self._moves.watch(fact.parameter)
-        replay, why = self._replay(roots, gradients)
-        self._passes_in_step += 1
-        steps = self.record.num_steps
-        self.record.passes.append(PassFact(steps, caller(), accumulates, reached, replay, why))
 
     def _replay(self, roots: tuple[Any, ...], gradients: tuple[Any, ...]) -> tuple[Replay | None, str]:
         if self._passes_in_step >= _MOST_PASSES:
@@ -394,6 +411,12 @@ def _replaced(owner: Any, name: str, wrapper: Callable[..., Any], *, static: boo
     return mock.patch.object(owner, name, staticmethod(run) if static else run)
 
 
+def _variables(roots: tuple[Any, ...]) -> dict[int, Tensor]:
+    """The leaves that a graph leads to, by id."""
+    starts = [root.grad_fn if isinstance(root, Tensor) else root.node for root in roots]
+    return {id(node.variable): node.variable for node in graph(starts) if hasattr(node, "variable")}
+
+
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module inside what compiles it, or spreads it over devices."""
     for name in ("_orig_mod", "module"):
@@ -429,3 +452,9 @@ def _look(model: ModelFact, when: str) -> None:
     values = digests((fact.name, buffers[fact.name]) for fact in model.buffers if fact.name in buffers)
     for each in model.buffers:
         setattr(each, when, values.get(each.name))
+        buffer = buffers.get(each.name)
+        if buffer is not None and each.is_kept:
+            if when == "first":
+                each.value = buffer.detach().clone()
+            elif each.value is not None and each.value.shape == buffer.shape:
+                each.most = float((buffer.detach().to(each.value) - each.value).abs().max())

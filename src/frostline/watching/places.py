@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import linecache
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,18 +39,41 @@ def frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def caller() -> Place | None:
-    """The innermost line of the user's own code; a library's where there is none."""
+def caller(*, own: bool = False) -> Place | None:
+    """The innermost line of the user's own code; a library's where there is none.
+
+    ``own``: None unless it is the user's own line that did it, with no library in between.
+    """
     first: FrameType | None = None
     for frame in frames():
         if not is_library(frame.f_code.co_filename):
             return place_of(frame)
+        if own:
+            return None
         first = first or frame
     return None if first is None else place_of(first)
 
 
 def place_of(frame: FrameType) -> Place:
-    return Place(_shown(frame.f_code.co_filename), frame.f_lineno)
+    """The first line of the statement that a frame is in."""
+    filename = frame.f_code.co_filename
+    return Place(_shown(filename), _statements(filename).get(frame.f_lineno, frame.f_lineno))
+
+
+@cache
+def _statements(filename: str) -> dict[int, int]:
+    """Every line of a file -> the first line of the innermost statement that it belongs to."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(filename)))
+    except (SyntaxError, ValueError):
+        return {}
+    found: dict[int, int] = {}
+    for node in ast.walk(tree):  # outer statements come first
+        if isinstance(node, ast.stmt) and node.end_lineno is not None:
+            inner = getattr(node, "body", None)
+            last = node.end_lineno if not isinstance(inner, list) else node.lineno
+            found.update(dict.fromkeys(range(node.lineno, last + 1), node.lineno))
+    return found
 
 
 def called(value: Any) -> str:

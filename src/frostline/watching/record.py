@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from frostline.watching.places import Place
 from frostline.watching.tape import Replay
@@ -58,6 +58,13 @@ class BufferFact:
     numel: int
     first: bytes | None = None
     last: bytes | None = None
+    value: Tensor | None = None
+    most: float | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is small enough that its first values are kept, to say by how much it moved (``most``)."""
+        return 0 < self.numel <= 1 << 16
 
     @property
     def moved(self) -> bool:
@@ -90,6 +97,7 @@ class ModelFact:
     Attributes:
         variable: what the code calls it; '' if nothing names it.
         calls: how often it, or a part of it, was called.
+        place: where the code called it in train mode first.
         compiled: it goes through ``torch.compile``, so that its inside was not seen.
     """
 
@@ -99,6 +107,7 @@ class ModelFact:
     buffers: list[BufferFact]
     modules: dict[int, ModuleFact]
     calls: int = 0
+    place: Place | None = None
     compiled: bool = False
 
     @property
@@ -108,12 +117,13 @@ class ModelFact:
 
 @dataclass(eq=False)
 class OptimizerFact:
-    """An optimizer: where it was made, what it holds, how often it stepped."""
+    """An optimizer: where it was made, where it steps, what it holds, how often it stepped."""
 
     number: int
     optimizer: Any
     place: Place | None
     variable: str = ""
+    step_place: Place | None = None
     steps: int = 0
 
     @property
@@ -181,7 +191,10 @@ class LeakFact:
 
 @dataclass(eq=False)
 class Record:
-    """Everything that was seen of one script."""
+    """Everything that was seen of one script.
+
+    ``stray``: ids of parameters of no model that an optimizer holds and that had a gradient.
+    """
 
     name: str = "the block"
     models: list[ModelFact] = field(default_factory=list)
@@ -193,6 +206,7 @@ class Record:
     num_passes: int = 0
     num_steps: int = 0
     checkpoint_places: Counter[Place] = field(default_factory=Counter)
+    stray: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     ended: str = ""
 

@@ -21,6 +21,22 @@ class Rule:
 
 def rules() -> tuple[Rule, ...]:
     """Every rule, those of what is wrong first."""
-    from frostline.watching.rules import unowned_grad
+    from frostline.watching.rules import (
+        checkpoint_blocks_grad,
+        clip_covers_unowned,
+        freeze_missed,
+        frozen_moved,
+        frozen_norm_drift,
+        grad_off_over_trainable,
+        never_updated,
+        partial_mask_leak,
+        stale_optimizer,
+        stochastic_frozen,
+        unowned_grad,
+    )
 
-    return (unowned_grad.RULE,)
+    modules = (
+        frozen_norm_drift, never_updated, grad_off_over_trainable, checkpoint_blocks_grad, frozen_moved, freeze_missed,
+        clip_covers_unowned, stale_optimizer, partial_mask_leak, unowned_grad, stochastic_frozen,
+    )  # fmt: skip
+    return tuple(module.RULE for module in modules)

@@ -8,8 +8,9 @@ from frostline.reports.units import bytes_text, flops_text, share
 from frostline.watching.finding import Figures, Finding, Level
 from frostline.watching.record import ModelFact, OptimizerFact, ParameterFact, Record
 from frostline.watching.rules import Rule
+from frostline.watching.rules.stale_optimizer import stale
 from frostline.watching.steps import Steps
-from frostline.watching.wording import freeze, modules_of, named, parts_of
+from frostline.watching.wording import count, freeze, made, modules_of, named, names_of, parts_of
 
 ID = "unowned-grad"
 FINE = (
@@ -24,8 +25,10 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
     The gradient must have come from a backward that an optimizer's parameters were reached by too.
     """
     holders = record.owned
+    replaced = {number for _, _, new in stale(record) for number in new}
     for model in record.models:
         unused = {number: fact for number, fact in model.parameters.items() if is_unused(fact)}
+        unused = {number: fact for number, fact in unused.items() if number not in replaced}
         passes = [each for each in record.passes if each.accumulates and each.reached & unused.keys()]
         numbers = {n for each in passes for number in each.reached for n in holders.get(number, ())}
         optimizers = [each for each in record.stepped if each.number in numbers]
@@ -61,8 +64,8 @@ def _finding(
     evidence = [
         f"{len(unused)} of {len(model.parameters)} tensors ({sum(f.numel for f in unused):,} numbers, "
         f"{bytes_text(gradient_bytes)} of gradients) require grad and got a gradient; none is in "
-        + " or ".join(f"{each.kind} ({each.place or 'made before'})" for each in optimizers),
-        f"their values are the same bits as at the beginning, after {_steps(record)}",
+        + " or ".join(map(made, optimizers)),
+        f"their values are the same bits as at the beginning, after {count(record.num_steps, 'optimizer step')}",
     ]
     if kept and record.num_passes > 1:
         evidence.append(f"{kept[0].name}.grad was never cleared: it is the sum of the steps' gradients")
@@ -71,7 +74,7 @@ def _finding(
         level=Level.WASTE,
         text=text,
         place=str(place or ""),
-        parameters=tuple(record.spelled(model, fact.name) for fact in unused),
+        parameters=names_of(record, model, unused),
         modules=modules_of(record, model, unused),
         evidence=tuple(evidence),
         now=None if now is None else Figures.of(now),
@@ -80,10 +83,6 @@ def _finding(
         fix=freeze(model, parts, place),
         fine=FINE,
     )
-
-
-def _steps(record: Record) -> str:
-    return f"{record.num_steps:,} optimizer step{'s' * (record.num_steps > 1)}"
 
 
 RULE = Rule(ID, Level.WASTE, find)

@@ -183,14 +183,14 @@ class Observer:
         self._tape_thread = threading.get_ident()
         inner = _unwrapped(module)
         model = self._by_module.get(id(inner))
-        grad = torch.is_grad_enabled()
         tensors = list(leaves(result))
         if not tensors or (model is None and not any(tensor.requires_grad for tensor in tensors)):
             return
         if model is not None and all(model.module is not each for each in self._used):
             self._used.append(model.module)
-        self._tape.model_called(inner, args, kwargs, result, grad, autocast_on(tensors[0].device.type))
-        if grad:
+        autocast = autocast_on(tensors[0].device.type)
+        self._tape.module_called(inner, args, kwargs, result, autocast, is_model=model is not None)
+        if torch.is_grad_enabled():
             self._tape.put()
 
     def _model_of(self, module: nn.Module) -> ModelFact | None:

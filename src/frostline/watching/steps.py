@@ -12,7 +12,7 @@ from frostline.costing.cost import Cost
 from frostline.subsets import Subset
 from frostline.tracing.trace import Trace, trace
 from frostline.watching.record import PassFact, Record
-from frostline.watching.tape import Together
+from frostline.watching.tape import Replay, Together
 
 
 @dataclass(eq=False)
@@ -93,35 +93,41 @@ class Steps:
         assert replay is not None
         try:
             with _unseen(), replay.as_recorded():
-                first = replay.entries[0]
-                if replay.is_simple:
-                    model = replay.models[0]
-                    found = trace(model, args=first.args, kwargs=first.kwargs, loss=replay.loss_of)
-                elif len(replay.models) == 1:
-                    model = replay.models[0]
-                    found = trace(model, step=lambda _: replay.run())
-                else:
-                    model = Together(dict(zip(self._called(replay.models), replay.models, strict=True)))
-                    found = trace(model, step=lambda _: replay.run())
+                found = traced(replay, self._called(replay.models))
                 names = {id(p): name for name, p in found.parameters.items()}
                 now = tuple(name for number, name in names.items() if number in replay.trainable)
-                traced = TracedPass(fact, found, names, now)
-                traced.cost()  # while the model is as it was
+                result = TracedPass(fact, found, names, now)
+                result.cost()  # while the model is as it was
         except Exception as error:
             said = str(error).partition("\n")[0]
             self.notes.append(f"a step could not be traced ({type(error).__name__}: {said}), so it has no figures")
             return None
-        return traced
+        return result
 
     def _called(self, models: tuple[object, ...]) -> list[str]:
-        known = {id(model.module): model.variable or model.kind for model in self.record.models}
-        names: list[str] = []
-        for model in models:
-            name = known.get(id(model), type(model).__name__)
-            while name in names or not name.isidentifier() or hasattr(Together, name):
-                name += "_"
-            names.append(name)
-        return names
+        return called_in(self.record, models)
+
+
+def called_in(record: Record, models: tuple[object, ...]) -> list[str]:
+    """A name for each of several models that are traced as one: what the script calls it."""
+    known = {id(model.module): model.variable or model.kind for model in record.models}
+    names: list[str] = []
+    for model in models:
+        name = known.get(id(model), type(model).__name__)
+        while name in names or not name.isidentifier() or hasattr(Together, name):
+            name += "_"
+        names.append(name)
+    return names
+
+
+def traced(replay: Replay, called: list[str]) -> Trace:
+    """Trace a recorded pass, its modules being as they were recorded."""
+    first, model = replay.entries[0], replay.models[0]
+    if replay.is_simple:
+        return trace(model, args=first.args, kwargs=first.kwargs, loss=replay.loss)
+    if len(replay.models) > 1:
+        model = Together(dict(zip(called, replay.models, strict=True)))
+    return trace(model, step=lambda _: replay.run())
 
 
 @contextlib.contextmanager

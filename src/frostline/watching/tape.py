@@ -7,7 +7,8 @@ own calls, and only while a step is being recorded. What they were given from el
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -110,8 +111,12 @@ class Tape(TorchFunctionMode):
             self._add(entry, args[0] if writes else result)
         return result
 
-    def model_called(self, module: nn.Module, args: Any, kwargs: Any, result: Any, grad: bool, autocast: Any) -> None:
-        entry = Entry(module, self._referred(args), self._referred(kwargs), grad, autocast, True)
+    def module_called(
+        self, module: nn.Module, args: Any, kwargs: Any, result: Any, autocast: Any, *, is_model: bool
+    ) -> None:
+        """Note a call of a module from outside of any; a loss is one that is no model."""
+        grad = torch.is_grad_enabled()
+        entry = Entry(module, self._referred(args), self._referred(kwargs), grad, autocast, is_model)
         self._add(entry, result)
 
     def _add(self, entry: Entry, result: Any) -> None:
@@ -225,28 +230,21 @@ class Replay:
 
     def run(self) -> Tensor:
         """Run all of it, up to the scalar that backward would begin from."""
-        return self._finish({})
+        return _finished({}, self.entries, self.roots, self.gradients)
 
-    def loss_of(self, outputs: Any) -> Tensor:
-        """What follows the model's call, if it `is_simple`."""
-        return self._finish({0: outputs})
+    @property
+    def loss(self) -> Callable[[Any], Tensor]:
+        """What follows the model's call, if it `is_simple`: outputs -> scalar, with the tensors that it was given."""
+        return functools.partial(_loss_of, tuple(self.entries[1:]), self.roots, self.gradients)
 
-    def _finish(self, made: dict[int, Any]) -> Tensor:
-        def given(value: Any) -> Any:
-            if isinstance(value, _Made):
-                whole = made[value.entry]
-                return whole if value.position is None else list(leaves(whole))[value.position]
-            return value if isinstance(value, Tensor) else _rebuilt(value, given)
-
-        for number, entry in enumerate(self.entries):
-            if number not in made:
-                made[number] = entry.run(given(entry.args), given(entry.kwargs))
-        parts = []
-        for root, gradient in zip(self.roots, self.gradients, strict=True):
-            tensor = given(root)
-            weighted = tensor if gradient is None else tensor * gradient.detach().to(tensor.dtype)
-            parts.append(weighted if weighted.numel() == 1 and weighted.dim() == 0 else weighted.sum())
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+    def restore(self) -> None:
+        """Put the modules, and which parameters require grad, back to what they were when this was recorded."""
+        for module, attributes in self.modules:
+            module.__dict__.clear()
+            module.__dict__.update({key: _copied(value) for key, value in attributes.items()})
+        for model in self.models:
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in self.trainable)
 
     @contextmanager
     def as_recorded(self) -> Iterator[None]:
@@ -261,6 +259,33 @@ class Replay:
             for module, attributes in now:
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
+
+
+def _loss_of(
+    entries: tuple[Entry, ...], roots: tuple[_Made, ...], gradients: tuple[Tensor | None, ...], outputs: Any
+) -> Tensor:
+    return _finished({0: outputs}, entries, roots, gradients)
+
+
+def _finished(
+    made: dict[int, Any], entries: Sequence[Entry], roots: tuple[_Made, ...], gradients: tuple[Tensor | None, ...]
+) -> Tensor:
+    """Run entries after what was made before them, and take the scalar that backward would begin from."""
+
+    def given(value: Any) -> Any:
+        if isinstance(value, _Made):
+            whole = made[value.entry]
+            return whole if value.position is None else list(leaves(whole))[value.position]
+        return value if isinstance(value, Tensor) else _rebuilt(value, given)
+
+    for number, entry in enumerate(entries, start=len(made)):
+        made[number] = entry.run(given(entry.args), given(entry.kwargs))
+    parts = []
+    for root, gradient in zip(roots, gradients, strict=True):
+        tensor = given(root)
+        weighted = tensor if gradient is None else tensor * gradient.detach().to(tensor.dtype)
+        parts.append(weighted if weighted.dim() == 0 else weighted.sum())
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def _copied(value: Any) -> Any:

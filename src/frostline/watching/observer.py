@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from frostline.running.kept import graph
 from frostline.running.values import digests
 from frostline.watching.moves import Moves
-from frostline.watching.places import around, called, caller
+from frostline.watching.places import around, called, caller, holding
 from frostline.watching.record import (
     BufferFact,
     ClipFact,
@@ -42,6 +42,9 @@ INSPECTED = 2
 _MOST_INSPECTED = 16
 _MOST_PASSES = 8  # recorded within one step
 _MOST_MODELS = 8
+
+
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 
 
 class _Local(threading.local):
@@ -76,7 +79,6 @@ class Observer:
         self._fresh: set[int] = set()  # optimizers made after others had stepped: they are to be inspected too
         self._used: list[nn.Module] = []  # models called since the last pass
         self._moves = Moves(record)
-        self._failures: set[str] = set()
 
     # -- begin and end -------------------------------------------------------------------------------------------------
 
@@ -124,33 +126,36 @@ class Observer:
 
     @property
     def _here(self) -> bool:
-        return self._open and os.getpid() == self._pid and not torch.compiler.is_compiling()
+        return self._open and os.getpid() == self._pid
 
     # -- models --------------------------------------------------------------------------------------------------------
 
     def _before_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # asked first: torch.compile reads on until here
+            return
         local = self._local
         if local.stack:
             local.stack.append(module)
             if self._inspects and not self._backward:
-                self._module_called(module)
+                self._module_called(module, args)
             return
         if not self._here or self._backward:
             return
         local.stack.append(module)
         self._tape.take()
         if self._inspects:
-            self._safely(self._model_called, module)
+            self._safely(self._model_called, module, args)
 
-    def _model_called(self, module: nn.Module) -> None:
-        model = self._model_of(_unwrapped(module))
+    def _model_called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        inner = _unwrapped(module)
+        model = self._model_of(inner, compiled=inner is not module and _is_compiled(module))
         if model is not None:
             model.calls += 1
             if model.place is None and module.training:
                 model.place = caller(own=True)
-            self._module_called(module)
+            self._module_called(module, args)
 
-    def _module_called(self, module: nn.Module) -> None:
+    def _module_called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         model = self._by_module.get(id(module))
         fact = None if model is None else model.modules.get(id(module))
         if fact is None:
@@ -163,9 +168,12 @@ class Observer:
         else:
             fact.without_grad += 1
         fact.training += module.training
+        fact.from_trained += any(isinstance(each, Tensor) and each.requires_grad for each in args)
 
     def _after_module(self, module: nn.Module, args: Any, *rest: Any) -> None:
         """``rest``: keyword arguments and the result; after an error only None."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
         stack = self._local.stack
         if not stack:
             return
@@ -193,17 +201,24 @@ class Observer:
         if torch.is_grad_enabled():
             self._tape.put()
 
-    def _model_of(self, module: nn.Module) -> ModelFact | None:
+    def _model_of(self, module: nn.Module, *, compiled: bool = False) -> ModelFact | None:
         """The model that a module is, or is a part of; new ones are taken in."""
         known = self._by_module.get(id(module))
         if known is not None:
             return known
+        if isinstance(module, torch.jit.ScriptModule):
+            self._note(f"{type(module).__name__} is scripted or jit-traced: neither it nor its parameters were seen")
+            return None
         if next(module.parameters(), None) is None:
             return None
         top = _unwrapped(around(module))
         if any(torch.nn.parameter.is_lazy(p) for p in top.parameters()):
             return None
         model = _facts_of(top, called(top))
+        if model.compiled or compiled:
+            model.compiled = True
+            what = model.variable or model.kind
+            self._note(f"{what} is compiled: the calls of the modules inside it were not seen")
         before = [each for each in self.record.models if id(each.module) in model.modules]
         for each in before:  # a part was called first
             self.record.models.remove(each)
@@ -307,6 +322,7 @@ class Observer:
         inputs = args[3] if len(args) > 3 else kwargs.get("inputs")
         accumulates = bool(kwargs.get("accumulate_grad", False))
         variables = _variables(roots)
+        self._find_models(variables)
         if inputs:
             wanted = {id(each) for each in inputs if isinstance(each, Tensor)}
             variables = {number: each for number, each in variables.items() if number in wanted}
@@ -316,6 +332,14 @@ class Observer:
         self._passes_in_step += 1
         steps = self.record.num_steps
         self.record.passes.append(PassFact(steps, caller(), accumulates, reached, replay, why))
+
+    def _find_models(self, variables: dict[int, Tensor]) -> None:
+        """Take in the models of parameters that were reached without a call of a module (compiled ones, say)."""
+        for number, variable in variables.items():
+            if number not in self._by_parameter and isinstance(variable, nn.Parameter):
+                module = holding(variable)
+                if module is not None:
+                    self._model_of(_unwrapped(module), compiled=_is_compiled(module))
 
     def _look_inside_pass(self, roots: tuple[Any, ...]) -> None:
         reached = frozenset(_variables(roots).keys() & self._by_parameter.keys())
@@ -391,9 +415,11 @@ class Observer:
             look(*args)
         except Exception as error:
             said = f"{look.__name__.strip('_').replace('_', ' ')}: {type(error).__name__}: {error}"
-            if said not in self._failures:
-                self._failures.add(said)
-                self.record.notes.append(f"not seen ({said})")
+            self._note(f"not seen ({said})")
+
+    def _note(self, text: str) -> None:
+        if text not in self.record.notes:
+            self.record.notes.append(text)
 
 
 def _replaced(owner: Any, name: str, wrapper: Callable[..., Any], *, static: bool = False) -> Any:
@@ -419,12 +445,13 @@ def _variables(roots: tuple[Any, ...]) -> dict[int, Tensor]:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module inside what compiles it, or spreads it over devices."""
-    for name in ("_orig_mod", "module"):
-        inner = module._modules.get(name)
-        kind = type(module).__name__
-        if inner is not None and kind in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
-            return _unwrapped(inner)
-    return module
+    name = _WRAPPERS.get(type(module).__name__)
+    inner = None if name is None else getattr(module, name, None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else module
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule"
 
 
 def _facts_of(module: nn.Module, variable: str) -> ModelFact:

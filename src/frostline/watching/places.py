@@ -102,6 +102,21 @@ def around(module: nn.Module) -> nn.Module:
     return best
 
 
+def holding(parameter: nn.Parameter) -> nn.Module | None:
+    """The largest module that running code can name and that a parameter is in."""
+    best: nn.Module | None = None
+    size = 0
+    seen: set[int] = set()
+    for frame in frames():
+        for each in list(frame.f_locals.values()):
+            if isinstance(each, nn.Module) and id(each) not in seen and not isinstance(each, torch.jit.ScriptModule):
+                seen.add(id(each))
+                inside = [id(p) for p in each.parameters()]
+                if len(inside) > size and id(parameter) in inside:
+                    best, size = each, len(inside)
+    return best
+
+
 def expression(model: nn.Module, variable: str, name: str) -> str:
     """How code would write a parameter or module: ``model[2].weight``.
 

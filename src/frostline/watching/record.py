@@ -79,6 +79,7 @@ class ModuleFact:
         with_grad, without_grad: calls with gradients enabled and disabled; within a reentrant checkpoint, and in a
             backward, neither counts.
         training: calls in train mode.
+        from_trained: calls with an argument that required grad.
         checkpointed: calls inside of a reentrant checkpoint none of whose inputs required grad.
     """
 
@@ -87,6 +88,7 @@ class ModuleFact:
     with_grad: int = 0
     without_grad: int = 0
     training: int = 0
+    from_trained: int = 0
     checkpointed: int = 0
 
 

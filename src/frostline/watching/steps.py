@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from frostline.costing.cost import Cost
+from frostline.costing.entry import bits_of, forward_entry
 from frostline.subsets import Subset
 from frostline.tracing.trace import Trace, trace
 from frostline.watching.record import PassFact, Record
@@ -50,6 +51,14 @@ class TracedPass:
         """What the pass costs if these parameters were frozen as well."""
         taken = {self.names[number] for number in numbers if number in self.names}
         return self.cost(name for name in self.now if name not in taken)
+
+    def prefix_flops(self) -> int:
+        """FLOPs of the forward before anything that trains: what does not depend on a parameter that required grad."""
+        trained = bits_of(n for n, name in enumerate(self.trace.parameters) if name in set(self.now))
+        with _unseen():
+            units = self.trace._coster_for("freeze").evaluate(frozenset(), "freeze")[0].units
+        frozen = [unit for unit in units if not any(bits & trained for bits in unit.behind)]
+        return sum(forward_entry(unit).forward_flops for unit in frozen)
 
     @property
     def basis(self) -> str:

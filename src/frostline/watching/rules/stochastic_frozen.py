@@ -14,11 +14,20 @@ from frostline.watching.steps import Steps
 from frostline.watching.wording import named, set_eval
 
 ID = "stochastic-frozen"
+WORTH = 0.25
+"""Of the forward: what comes before all that trains, at least."""
 FINE = "the noise is meant as augmentation of the features."
 
 
 def find(record: Record, steps: Steps) -> Iterator[Finding]:
-    """Dropout in train mode, inside of a module that has parameters and of which none trains."""
+    """Dropout in train mode, in a module of which no parameter trains and before which nothing trains.
+
+    What comes before anything that trains must be a part of the forward that is worth a word.
+    """
+    usual = steps.usual()
+    now = None if usual is None else usual.cost()
+    if usual is None or now is None or usual.prefix_flops() < WORTH * now.forward_flops:
+        return
     for model in record.models:
         facts = model.parameters.values()
         if not any(fact.owners and fact.got_gradient for fact in facts):
@@ -27,7 +36,7 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
         drops = [
             fact.name
             for fact in model.modules.values()
-            if isinstance(fact.module, _DropoutNd) and fact.module.p > 0 and fact.training
+            if isinstance(fact.module, _DropoutNd) and fact.module.p > 0 and fact.training and not fact.from_trained
         ]
         frozen = [(name, part) for name in drops if (part := _frozen_around(model, name, trains))]
         if frozen:

@@ -19,6 +19,7 @@ Examples:
   frostline watch train.py --epochs 3
   frostline watch --steps 20 train.py
   frostline watch --strict --json findings.json train.py
+  frostline watch --values --steps 2 train.py
   frostline watch --ignore unowned-grad train.py
   frostline watch -m package.train --lr 0.1
 """
@@ -34,6 +35,9 @@ def watch(
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module's name, as for python -m.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="End it after N optimizer steps.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything is WRONG or WASTE.")] = False,
+    values: Annotated[
+        bool, typer.Option("--values", help="Also show what flows through each module: shapes, values, gradients.")
+    ] = False,
     as_json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the data; its schema is reports/schema.json.")
     ] = None,
@@ -53,7 +57,7 @@ def watch(
             raise Enough
 
     script = Script(command[0], command[1:], module=module)
-    seen = Watch(command[0], ignore or (), stop)
+    seen = Watch(command[0], ignore or (), stop, values=values)
     with seen:
         ended = script.run(seen.close)
     seen.record.ended = ended.how

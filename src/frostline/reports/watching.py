@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from frostline.reports.lines import WIDTH, Line, bullet, header_lines, plain, table_lines, wrapped
 from frostline.reports.table import Column, Table
-from frostline.reports.units import bytes_text, flops_text, seconds_text, share
+from frostline.reports.units import bytes_text, flops_text, percent, seconds_text, share
 from frostline.watching.finding import Figures, Finding, Level
+from frostline.watching.values import ValueFact
 from frostline.watching.watch import Watch, figures
 
 _STYLES = {Level.WRONG: "bold red", Level.WASTE: "bold yellow", Level.INFO: "bold"}
@@ -33,6 +34,11 @@ def watch_lines(watch: Watch, width: int = WIDTH) -> Iterator[Line]:
         yield Line("")
         yield from table_lines(_who_trains(watch))
         yield Line("")
+    if watch.values:
+        yield from table_lines(_values(watch))
+        yield Line("")
+    if watch.first_nonfinite is not None:
+        yield from bullet(_nonfinite(watch.first_nonfinite), width, "bold red")
     for text in _step(watch):
         yield from bullet(text, width)
     for note in watch.notes:
@@ -116,6 +122,42 @@ def _who_trains(watch: Watch) -> Table:
     return Table(tuple(columns))
 
 
+def _values(watch: Watch) -> Table:
+    """The calls of the modules, as columns."""
+    rows = watch.values
+
+    def numbers(values: Sequence[float | None], form: str) -> tuple[str, ...]:
+        return tuple("-" if value is None else format(value, form) for value in values)
+
+    def shares(values: Sequence[float | None]) -> tuple[str, ...]:
+        return tuple("-" if value is None else percent(value, 1) for value in values)
+
+    return Table(
+        (
+            Column(f"step {rows[0].step}", "", tuple(f"{row.module} ({row.kind})" for row in rows), left=True),
+            Column("in", "", tuple(", ".join(row.inputs) for row in rows), left=True),
+            Column("out", "", tuple(", ".join(row.outputs) for row in rows), left=True),
+            Column("mean", "", numbers([row.mean for row in rows], ".3g")),
+            Column("std", "", numbers([row.std for row in rows], ".3g")),
+            Column("zeros", "%", shares([row.zeros for row in rows])),
+            Column("NaN/Inf", "", tuple(f"{row.nonfinite:,}" for row in rows)),
+            Column("idle", "%", shares([row.idle for row in rows])),
+            Column("gradient", "norm", numbers([row.gradient_norm for row in rows], ".3g")),
+            Column("update", "/weight", numbers([row.update_ratio for row in rows], ".2g")),
+        )
+    )
+
+
+def _nonfinite(fact: ValueFact) -> str:
+    given = (
+        f"its inputs had {fact.input_nonfinite:,} of them already" if fact.input_nonfinite else "its inputs were finite"
+    )
+    return (
+        f"the first NaN or Inf came out of {fact.module} ({fact.kind}) in step {fact.step}: {fact.nonfinite:,} "
+        f"elements of {', '.join(fact.outputs)}; {given}."
+    )
+
+
 def _step(watch: Watch) -> Iterator[str]:
     now, fixed = watch.now, watch.fixed
     if now is None:
@@ -153,6 +195,8 @@ def watch_to_dict(watch: Watch) -> dict[str, Any]:
         "who_trains": watch.who_trains(),
         "now": _as_dict(figures(watch.now)),
         "fixed": _as_dict(figures(watch.fixed)),
+        "values": [row.to_dict() for row in watch.values],
+        "first_nonfinite": None if watch.first_nonfinite is None else watch.first_nonfinite.to_dict(),
         "notes": watch.notes,
     }
 

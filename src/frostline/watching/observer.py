@@ -36,6 +36,7 @@ from frostline.watching.record import (
     Record,
 )
 from frostline.watching.tape import Replay, Tape, autocast_on, leaves, snapshot
+from frostline.watching.values import Values
 
 INSPECTED = 2
 """How many steps of each optimizer are inspected."""
@@ -58,11 +59,13 @@ class Observer:
     """Watches from `open` to `close`; ``record`` holds what was seen.
 
     Args:
+        values: also note what flows through the modules; ``values`` then holds it.
         on_step: called after every optimizer step with how many there were; what it raises ends the script.
     """
 
-    def __init__(self, record: Record, on_step: Callable[[int], None] | None = None) -> None:
+    def __init__(self, record: Record, on_step: Callable[[int], None] | None = None, *, values: bool = False) -> None:
         self.record = record
+        self.values = Values() if values else None
         self.on_step = on_step
         self._undo = ExitStack()
         self._pid = os.getpid()
@@ -180,8 +183,18 @@ class Observer:
         while stack:  # what an exception skipped goes too
             if stack.pop() is module:
                 break
+        if self.values is not None and len(rest) == 2 and not self._backward and self._here:
+            self._safely(self._values_of, module, args, *rest)
         if not stack and len(rest) == 2 and self._inspects and self._here:
             self._safely(self._model_returned, module, args, *rest)
+
+    def _values_of(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        assert self.values is not None
+        model = self._by_module.get(id(module))
+        if model is None or not torch.is_grad_enabled() or (module._modules and module is not model.module):
+            return
+        name = self.record.spelled(model, model.modules[id(module)].name)
+        self.values.called(name, module, args, kwargs, result, self.record.num_steps + 1, full=self._inspects)
 
     def _model_returned(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         if self._passes_in_step >= _MOST_PASSES or result is None:
@@ -265,6 +278,8 @@ class Observer:
         if self._inspects:
             fact.variable = fact.variable or called(optimizer)
             fact.step_place = fact.step_place or caller(own=True)
+        if self.values is not None and self._inspects:
+            self.values.before_step()
         self._moves.before(fact, self._by_parameter, inspect=self._inspects)
 
     def _look_at_flags(self) -> None:
@@ -287,6 +302,8 @@ class Observer:
     def _look_after_step(self, optimizer: Any) -> None:
         fact = self._optimizer(optimizer)
         self._moves.after(fact)
+        if self.values is not None and self._inspects:
+            self.values.after_step()
         if self._inspects:
             self._inspected += 1
         fact.steps += 1

@@ -14,9 +14,10 @@ from frostline.watching.observer import Observer
 from frostline.watching.record import ParameterFact, Record
 from frostline.watching.rules import rules
 from frostline.watching.steps import Steps
+from frostline.watching.values import ValueFact
 
 
-def watch(*, ignore: Iterable[str] = ()) -> Watch:
+def watch(*, ignore: Iterable[str] = (), values: bool = False) -> Watch:
     """Watch the training in a ``with`` block; afterwards it says what was found.
 
     >>> import torch, frostline as fl
@@ -31,6 +32,7 @@ def watch(*, ignore: Iterable[str] = ()) -> Watch:
 
     Args:
         ignore: ids of rules that are not to be asked.
+        values: also note what flows through the modules: shapes, values, gradients, updates. The report has a table.
 
     What runs in it is not changed: no random number is drawn, no tensor of yours is written, and the hooks are taken
     away at the end. ``print(seen)`` is the report, ``seen.to_dict()`` the data.
@@ -38,14 +40,19 @@ def watch(*, ignore: Iterable[str] = ()) -> Watch:
     Raises:
         FrostlineError: there is no such rule.
     """
-    return Watch(ignore=ignore)
+    return Watch(ignore=ignore, values=values)
 
 
 class Watch:
     """What `watch` returns. ``record`` holds the facts; ``findings``, once the block has ended, what they say."""
 
     def __init__(
-        self, name: str = "the block", ignore: Iterable[str] = (), on_step: Callable[[int], None] | None = None
+        self,
+        name: str = "the block",
+        ignore: Iterable[str] = (),
+        on_step: Callable[[int], None] | None = None,
+        *,
+        values: bool = False,
     ) -> None:
         self.record = Record(name)
         self._ignored = frozenset(ignore)
@@ -53,7 +60,7 @@ class Watch:
         if unknown:
             known = ", ".join(rule.id for rule in rules())
             raise FrostlineError(f"there is no rule {unknown[0]!r}; there is {known}")
-        self._observer = Observer(self.record, on_step)
+        self._observer = Observer(self.record, on_step, values=values)
         self._steps = Steps(self.record)
         self._findings: tuple[Finding, ...] | None = None
         self.open = False
@@ -124,6 +131,16 @@ class Watch:
         empty = {"requires_grad": None, "in_optimizer": None, "got_gradient": None}
         numbers = sum(buffer.numel for buffer in buffers)
         return [*rows, {"who": "buffers", "tensors": len(buffers), "numbers": numbers, **empty, "moved": moved}]
+
+    @property
+    def values(self) -> list[ValueFact]:
+        """What flowed through each module in the last step that was inspected, in the order of the calls."""
+        return [] if self._observer.values is None else self._observer.values.rows
+
+    @property
+    def first_nonfinite(self) -> ValueFact | None:
+        """The first call of a module that returned a NaN or an infinity, in any step; None if there was none."""
+        return None if self._observer.values is None else self._observer.values.first_nonfinite
 
     @property
     def notes(self) -> list[str]:

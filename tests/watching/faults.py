@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fault:
-    """``also``: other rules that rightly find something in it."""
+    """``also``: other rules that rightly find something in it. ``after``: what the mended script ends with."""
 
     rule: str
     parameters: tuple[str, ...]
     source: str
     also: tuple[str, ...] = ()
+    after: str = ""
 
 
 FAULTS = {
@@ -266,5 +267,89 @@ for _ in range(2):
     F.cross_entropy(model(torch.randn(4, 10)), torch.randint(5, (4,))).backward()
     optimizer.step()
 """,
+    ),
+    "a norm at the start of a frozen network": Fault(
+        "early-param-forces-backward",
+        ("norm.weight", "norm.bias"),
+        """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.body = nn.Sequential(*(nn.Linear(32, 32) for _ in range(8)))
+        self.head = nn.Linear(32, 40)
+
+    def forward(self, x):
+        return self.head(self.body(self.norm(x)))
+
+model = Net()
+model.body.requires_grad_(False)
+optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+for _ in range(2):
+    optimizer.zero_grad()
+    F.cross_entropy(model(torch.randn(64, 32)), torch.randint(40, (64,))).backward()
+    optimizer.step()
+""",
+    ),
+    "inputs made to require grad": Fault(
+        "forced-input-grad",
+        (),
+        """
+from transformers import BertConfig, BertForSequenceClassification
+config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64,
+                    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+model = BertForSequenceClassification(config)
+model.bert.requires_grad_(False)
+model.bert.encoder.layer[3].requires_grad_(True)
+model.enable_input_require_grads()
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+for _ in range(2):
+    optimizer.zero_grad()
+    model(input_ids=torch.randint(50, (4, 12)), labels=torch.randint(2, (4,))).loss.backward()
+    optimizer.step()
+""",
+    ),
+    "a head alone, tied to the embedding": Fault(
+        "tied-surprise",
+        ("embed.weight",),
+        """
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(60, 32)
+        self.body = nn.Sequential(*(nn.Linear(32, 32) for _ in range(8)))
+        self.head = nn.Linear(32, 60, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.body(self.embed(tokens)))
+
+model = Language()
+model.body.requires_grad_(False)
+optimizer = torch.optim.AdamW(model.head.parameters())
+for _ in range(2):
+    tokens = torch.randint(60, (4, 9))
+    optimizer.zero_grad()
+    F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    optimizer.step()
+""",
+    ),
+    "frozen convolutions behind a trained first one": Fault(
+        "unneeded-saved-tensors",
+        (),
+        """
+model = nn.Sequential(
+    nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+    nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+)
+model.requires_grad_(False)
+model[0].requires_grad_(True)
+optimizer = torch.optim.Adam(model[0].parameters())
+for _ in range(2):
+    optimizer.zero_grad()
+    F.cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.randint(5, (8,))).backward()
+    optimizer.step()
+""",
+        after="run.close()",
     ),
 }

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from tests.watching.faults import FAULTS
 from tests.watching.look_alikes import HEAD
 from tests.watching.watching import found, mended, only, watched, write
 
+import frostline as fl
 from frostline.watching.finding import Level
 from frostline.watching.rules import rules
 
@@ -26,9 +29,28 @@ def test_the_fault_is_found_and_after_its_fix_it_is_gone(name: str, tmp_path: Pa
     assert finding.parameters == fault.parameters
     assert finding.place.startswith(str(path))
     assert finding.evidence
-    again, ended = watched(mended(path, finding))
+    again, ended = watched(mended(path, finding, fault.after))
     assert (ended.code, again.notes) == (0, [])
     assert fault.rule not in found(again)
+    if finding.fixed is not None and fault.rule != "unneeded-saved-tensors":  # (its kernels are not in a plain trace)
+        assert again.now is not None
+        assert finding.now is not None
+        assert again.now.step_flops == finding.fixed.step_flops < finding.now.step_flops
+        assert again.now.saved_bytes == finding.fixed.saved_bytes
+
+
+def test_what_train_only_would_keep_is_what_a_run_keeps(tmp_path: Path) -> None:
+    """The predicted bytes against an audit of one real step inside of ``fl.train_only``."""
+    fault = FAULTS["frozen convolutions behind a trained first one"]
+    seen, _ = watched(write(tmp_path, HEAD + fault.source))
+    finding = only(seen, fault.rule)
+    assert finding.fixed is not None
+    model = seen.record.models[0].module
+    inputs, labels = torch.randn(8, 3, 32, 32), torch.randint(5, (8,))
+    with fl.train_only(model) as run:
+        audit = run.audit(lambda: F.cross_entropy(model(inputs), labels).backward())
+    assert audit.kept_bytes == finding.fixed.saved_bytes
+    assert audit.backward_flops == finding.fixed.backward_flops
 
 
 @pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.rule != "stochastic-frozen"])

@@ -55,8 +55,8 @@ def plainly(path: Path, *args: str) -> dict[str, Any]:
         sys.argv = before
 
 
-def mended(path: Path, finding: Finding) -> Path:
-    """The script with the finding's fix put where the report says, in the indentation of that line."""
+def mended(path: Path, finding: Finding, after: str = "") -> Path:
+    """The script with the finding's fix put where the report says, indented as that line; ``after`` at the end."""
     assert finding.fix.line, f"no line is known for the fix of {finding.rule}"
     lines = path.read_text().splitlines()
     at = finding.fix.line - 1
@@ -65,6 +65,7 @@ def mended(path: Path, finding: Finding) -> Path:
         lines[at] = lines[at].replace(finding.fix.replaces, finding.fix.code)
         return write(path.parent, "\n".join(lines) + "\n", "mended.py")
     indent = lines[at][: len(lines[at]) - len(lines[at].lstrip())]
+    lines += [after] if after else []
     lines[at:at] = textwrap.indent(finding.fix.code, indent).splitlines()
     return write(path.parent, "\n".join(lines) + "\n", "mended.py")
 

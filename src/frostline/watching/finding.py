@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -72,6 +72,7 @@ class Finding:
         basis: how these figures are known.
         fix: what to do about it.
         fine: when it is no mistake.
+        freezes: ids of the parameters that the fix freezes.
     """
 
     rule: str
@@ -86,9 +87,11 @@ class Finding:
     now: Figures | None = None
     fixed: Figures | None = None
     basis: str = ""
+    freezes: frozenset[int] = field(default=frozenset(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
+        del data["freezes"]
         return {
             key: str(value) if isinstance(value, Level) else list(value) if isinstance(value, tuple) else value
             for key, value in data.items()

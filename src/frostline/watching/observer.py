@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from frostline.kernels import kernels_active
 from frostline.running.kept import graph
 from frostline.running.values import digests
 from frostline.watching.moves import Moves
@@ -345,10 +346,17 @@ class Observer:
             variables = {number: each for number, each in variables.items() if number in wanted}
         reached = frozenset(variables.keys() & self._by_parameter.keys())
         self._reached(reached, accumulates)
+        given = self._tape.given()
+        forced = tuple(
+            tuple(each.shape)
+            for number, each in variables.items()
+            if not isinstance(each, nn.Parameter) and number not in given and given
+        )
         replay, why = self._replay(roots, gradients)
         self._passes_in_step += 1
         steps = self.record.num_steps
-        self.record.passes.append(PassFact(steps, caller(), accumulates, reached, replay, why))
+        lean = kernels_active()
+        self.record.passes.append(PassFact(steps, caller(), accumulates, reached, replay, why, forced, lean))
 
     def _find_models(self, variables: dict[int, Tensor]) -> None:
         """Take in the models of parameters that were reached without a call of a module (compiled ones, say)."""

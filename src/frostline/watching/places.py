@@ -34,7 +34,7 @@ def frames() -> Iterator[FrameType]:
     """The frames of running code, innermost first, without torch's and ours."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if not _is_hidden(frame.f_code.co_filename):
+        if not is_hidden(frame.f_code.co_filename):
             yield frame
         frame = frame.f_back
 
@@ -144,7 +144,8 @@ def is_library(filename: str) -> bool:
 
 
 @cache
-def _is_hidden(filename: str) -> bool:
+def is_hidden(filename: str) -> bool:
+    """Whether a file is torch's, ours or Python's own."""
     return filename.startswith((_OURS, _TORCH, "<frozen"))
 
 

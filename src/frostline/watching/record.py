@@ -145,6 +145,9 @@ class PassFact:
         step: the optimizer steps that were made before it.
         reached: ids of the parameters that its graph leads to.
         replay: how to run it again; None where that could not be recorded, ``unrecorded`` says why.
+        forced: shapes of the other leaves that it leads to and that were made inside a model's call: something there
+            asked for a gradient of what nothing before it trains.
+        lean: it ran within `frostline.train_only`, whose kernels keep less.
     """
 
     step: int
@@ -153,6 +156,8 @@ class PassFact:
     reached: frozenset[int]
     replay: Replay | None
     unrecorded: str = ""
+    forced: tuple[tuple[int, ...], ...] = ()
+    lean: bool = False
 
 
 @dataclass(frozen=True)

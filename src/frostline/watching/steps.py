@@ -29,28 +29,33 @@ class TracedPass:
     trace: Trace
     names: dict[int, str]
     now: tuple[str, ...]
-    _costs: dict[tuple[str, ...], Cost | None] = field(default_factory=dict)
+    _costs: dict[tuple[tuple[str, ...], str], Cost | None] = field(default_factory=dict)
 
-    def cost(self, names: Iterable[str] | None = None) -> Cost | None:
+    def cost(self, names: Iterable[str] | None = None, method: str = "freeze") -> Cost | None:
         """What the pass costs if these parameters require grad (None: those that did); None if it cannot be said."""
         wanted = set(self.now if names is None else names)
         chosen = tuple(name for name in self.trace.parameters if name in wanted)
-        if chosen not in self._costs:
-            self._costs[chosen] = self._ask(chosen)
-        return self._costs[chosen]
+        if (chosen, method) not in self._costs:
+            self._costs[chosen, method] = self._ask(chosen, method)
+        return self._costs[chosen, method]
 
-    def _ask(self, chosen: tuple[str, ...]) -> Cost | None:
+    def _ask(self, chosen: tuple[str, ...], method: str) -> Cost | None:
         if not chosen:
             return None
         shapes = {name: tuple(self.trace.parameters[name].shape) for name in chosen}
         with _unseen(), contextlib.suppress(Exception):
-            return self.trace.cost(Subset(chosen, shapes=shapes))
+            return self.trace.cost(Subset(chosen, shapes=shapes), method=method)
         return None
 
-    def without(self, numbers: Iterable[int]) -> Cost | None:
+    def without(self, numbers: Iterable[int], method: str = "freeze") -> Cost | None:
         """What the pass costs if these parameters were frozen as well."""
         taken = {self.names[number] for number in numbers if number in self.names}
-        return self.cost(name for name in self.now if name not in taken)
+        return self.cost([name for name in self.now if name not in taken], method)
+
+    def share_trained(self) -> float:
+        """How much of the models' numbers trains."""
+        total = sum(parameter.numel() for parameter in self.trace.parameters.values())
+        return sum(self.trace.parameters[name].numel() for name in self.now) / max(total, 1)
 
     def prefix_flops(self) -> int:
         """FLOPs of the forward before anything that trains: what does not depend on a parameter that required grad."""
@@ -92,16 +97,20 @@ class Steps:
                 return traced
         return None
 
+    def otherwise(self, usual: TracedPass, changed: contextlib.AbstractContextManager[None]) -> TracedPass | None:
+        """A pass traced again while something of its models, or of torch, is changed."""
+        return self._run(usual.fact, changed)
+
     def _trace(self, fact: PassFact) -> TracedPass | None:
         if id(fact) not in self._traced:
             self._traced[id(fact)] = self._run(fact)
         return self._traced[id(fact)]
 
-    def _run(self, fact: PassFact) -> TracedPass | None:
+    def _run(self, fact: PassFact, changed: contextlib.AbstractContextManager[None] | None = None) -> TracedPass | None:
         replay = fact.replay
         assert replay is not None
         try:
-            with _unseen(), replay.as_recorded():
+            with _unseen(), replay.as_recorded(), changed or contextlib.nullcontext():
                 found = traced(replay, self._called(replay.models))
                 names = {id(p): name for name, p in found.parameters.items()}
                 now = tuple(name for number, name in names.items() if number in replay.trainable)

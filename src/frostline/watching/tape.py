@@ -59,7 +59,7 @@ def leaves(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from leaves(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+    elif dataclasses.is_dataclass(value) and not isinstance(value, (type, _Made)):
         for each in dataclasses.fields(value):
             yield from leaves(getattr(value, each.name, None))
 
@@ -137,6 +137,10 @@ class Tape(TorchFunctionMode):
         if isinstance(value, Tensor):
             return value.detach().requires_grad_(value.requires_grad) if value.grad_fn is not None else value
         return _rebuilt(value, self._referred)
+
+    def given(self) -> set[int]:
+        """Ids of the tensors that the calls were given from elsewhere."""
+        return {id(tensor) for entry in self.entries for tensor in leaves((entry.args, entry.kwargs))}
 
     def drop(self) -> None:
         """Let go of everything."""

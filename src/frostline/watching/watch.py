@@ -112,13 +112,9 @@ class Watch:
 
     @property
     def fixed(self) -> Cost | None:
-        """The step with everything frozen that `unowned-grad` says is to be frozen."""
+        """The step with everything frozen that the findings' fixes freeze."""
         usual = self._steps.usual()
-        if usual is None:
-            return None
-        from frostline.watching.rules.unowned_grad import is_unused
-
-        return usual.without(id(fact.parameter) for _, fact in self.record.facts() if is_unused(fact))
+        return None if usual is None else usual.without({n for finding in self.findings for n in finding.freezes})
 
     def who_trains(self) -> list[dict[str, Any]]:
         """Trained, the rest and buffers, each with how many tensors and numbers, and what happened to them."""

@@ -24,6 +24,8 @@ def rules() -> tuple[Rule, ...]:
     from frostline.watching.rules import (
         checkpoint_blocks_grad,
         clip_covers_unowned,
+        early_param_forces_backward,
+        forced_input_grad,
         freeze_missed,
         frozen_moved,
         frozen_norm_drift,
@@ -32,11 +34,14 @@ def rules() -> tuple[Rule, ...]:
         partial_mask_leak,
         stale_optimizer,
         stochastic_frozen,
+        tied_surprise,
+        unneeded_saved_tensors,
         unowned_grad,
     )
 
     modules = (
         frozen_norm_drift, never_updated, grad_off_over_trainable, checkpoint_blocks_grad, frozen_moved, freeze_missed,
-        clip_covers_unowned, stale_optimizer, partial_mask_leak, unowned_grad, stochastic_frozen,
+        clip_covers_unowned, stale_optimizer, partial_mask_leak, unowned_grad,
+        early_param_forces_backward, forced_input_grad, tied_surprise, unneeded_saved_tensors, stochastic_frozen,
     )  # fmt: skip
     return tuple(module.RULE for module in modules)

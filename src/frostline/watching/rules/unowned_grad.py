@@ -82,6 +82,7 @@ def _finding(
         basis="" if traced is None else traced.basis,
         fix=freeze(model, parts, place),
         fine=FINE,
+        freezes=frozenset(numbers),
     )
 
 

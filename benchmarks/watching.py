@@ -118,10 +118,10 @@ def overhead(build: Callable[[], Callable[[], None]], pairs: int, what: str) -> 
 def main() -> None:
     """Measure, print, and save if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.watching", description="What watching a step costs.")
-    parser.add_argument("--quick", action="store_true", help="15 pairs of steps instead of 60")
+    parser.add_argument("--quick", action="store_true", help="10 pairs of steps instead of 30")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/watching.md")
     options = parser.parse_args()
-    pairs = 15 if options.quick else 60
+    pairs = 10 if options.quick else 30
     command = "python -m benchmarks.watching" + " --quick" * options.quick
     lines = [
         "# Watching", "", f"`{command}`", "", *conditions()[:2],

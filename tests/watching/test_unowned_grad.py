@@ -97,3 +97,9 @@ def test_a_replaced_head_is_named_with_its_model(tmp_path: Path) -> None:
     assert finding.fix.code == "encoder.requires_grad_(False)"
     assert finding.evidence[-1].startswith("weight.grad was never cleared")
     assert found(watched(mended(path, finding))[0]) == []
+
+
+def test_the_readme_shows_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(SCRIPTS.parents[1])
+    seen, _ = watched(Path("examples/scripts/middle_layer.py"))
+    assert f"loss 1.3442\n{seen}\n```" in Path("README.md").read_text()

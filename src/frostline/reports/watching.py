@@ -162,7 +162,9 @@ def _step(watch: Watch) -> Iterator[str]:
     now, fixed = watch.now, watch.fixed
     if now is None:
         return
-    text = f"the step as it is: {flops_text(now.step_flops)}, saved {bytes_text(now.saved_bytes)}"
+    passes = watch.passes_in_step
+    which = f" (one of the {passes} backward passes in it)" if passes > 1 else ""
+    text = f"the step as it is{which}: {flops_text(now.step_flops)}, saved {bytes_text(now.saved_bytes)}"
     if fixed is None or (fixed.step_flops, fixed.saved_bytes) == (now.step_flops, now.saved_bytes):
         yield f"{text}."
         return

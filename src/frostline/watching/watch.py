@@ -111,6 +111,14 @@ class Watch:
         return None if usual is None else usual.cost()
 
     @property
+    def passes_in_step(self) -> int:
+        """How many backward passes the step has that `now` is one of."""
+        usual = self._steps.usual()
+        if usual is None:
+            return 0
+        return sum(each.step == usual.fact.step and each.accumulates for each in self.record.passes)
+
+    @property
     def fixed(self) -> Cost | None:
         """The step with everything frozen that the findings' fixes freeze."""
         usual = self._steps.usual()

@@ -241,6 +241,7 @@ class Observer:
                     fact.name = model.parameters[number].name
                     model.parameters[number] = fact
         if len(self.record.models) >= _MOST_MODELS:
+            self._note(f"more than {_MOST_MODELS} models were called: the later ones were not looked at")
             return None
         self.record.models.append(model)
         for number in model.modules:
@@ -355,8 +356,16 @@ class Observer:
         replay, why = self._replay(roots, gradients)
         self._passes_in_step += 1
         steps = self.record.num_steps
-        lean = kernels_active()
-        self.record.passes.append(PassFact(steps, caller(), accumulates, reached, replay, why, forced, lean))
+        found = PassFact(steps, caller(), accumulates, reached, replay, why, forced, kernels_active())
+        if replay is not None:
+            self._let_go_of_those_like(found)
+        self.record.passes.append(found)
+
+    def _let_go_of_those_like(self, found: PassFact) -> None:
+        """Of passes that are alike only the latest is kept, for each holds a batch."""
+        for each in self.record.passes:
+            if each.replay is not None and (each.place, each.reached) == (found.place, found.reached):
+                each.replay, each.unrecorded = None, "a later pass stands for it"
 
     def _find_models(self, variables: dict[int, Tensor]) -> None:
         """Take in the models of parameters that were reached without a call of a module (compiled ones, say)."""

@@ -73,7 +73,7 @@ def recorded_step(path: str, args: list[str]) -> Recorded:
     replay = chosen.replay
     assert replay is not None
     replay.restore()
-    more = sum(each.step == chosen.step for each in passes) - 1
+    more = sum(each.step == chosen.step and each.accumulates for each in record.passes) - 1
     note = f"step {chosen.step + 1} of {path}, the backward at {chosen.place}"
     if more:
         note += f" ({more} more in this step are not in the figures)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _WRITERS = ("__setitem__", "copy_")
+_MOST_ENTRIES = 2000
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,11 @@ class Tape(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.armed = False
-        self.entries: list[Entry] = []
+        self.entries: dict[int, Entry] = {}  # by number, in order
+        self._next = 0
         self._made: dict[int, _Made] = {}  # by id of a tensor or of a whole result
         self._alive: list[Any] = []
+        self._weak: dict[int, list[weakref.ref[Tensor]]] = {}  # of entries without gradients: their results
 
     # -- in place or not: always below the user's own modes, so that theirs can be left in any order -------------------
 
@@ -120,14 +124,28 @@ class Tape(TorchFunctionMode):
         self._add(entry, result)
 
     def _add(self, entry: Entry, result: Any) -> None:
-        number = len(self.entries)
-        self.entries.append(entry)
-        self._alive.append(result)
-        for position, tensor in enumerate(leaves(result)):
+        if len(self.entries) >= _MOST_ENTRIES:
+            self.drop()
+        number = self._next
+        self._next += 1
+        self.entries[number] = entry
+        tensors = list(leaves(result))
+        for position, tensor in enumerate(tensors):
             self._made[id(tensor)] = _Made(number, position)
-            self._alive.append(tensor)
+        if not entry.grad:  # an evaluation, most often: its batches must not pile up
+            self._weak[number] = [weakref.ref(t, functools.partial(_forget, self._made, id(t))) for t in tensors]
+            self._prune()
+            return
+        self._alive += [result, *tensors]
         if not isinstance(result, Tensor):
             self._made[id(result)] = _Made(number, None)
+
+    def _prune(self) -> None:
+        """Drop the calls without gradients whose results nobody can use any more."""
+        used = {ref.entry for entry in self.entries.values() for ref in _references((entry.args, entry.kwargs))}
+        for number, results in list(self._weak.items()):
+            if number not in used and all(each() is None for each in results):
+                del self.entries[number], self._weak[number]
 
     def _referred(self, value: Any) -> Any:
         """``value`` with references in place of what entries before made."""
@@ -140,11 +158,11 @@ class Tape(TorchFunctionMode):
 
     def given(self) -> set[int]:
         """Ids of the tensors that the calls were given from elsewhere."""
-        return {id(tensor) for entry in self.entries for tensor in leaves((entry.args, entry.kwargs))}
+        return {id(tensor) for entry in self.entries.values() for tensor in leaves((entry.args, entry.kwargs))}
 
     def drop(self) -> None:
         """Let go of everything."""
-        self.entries, self._made, self._alive = [], {}, []
+        self.entries, self._made, self._alive, self._weak = {}, {}, [], {}
 
     def sealed(self, roots: tuple[Any, ...]) -> list[Entry] | None:
         """The entries that ``roots`` depend on, and what stands for these at the end; None if they were not seen."""
@@ -152,7 +170,7 @@ class Tape(TorchFunctionMode):
         if any(ref is None for ref in refs):
             return None
         needed: set[int] = {ref.entry for ref in refs if ref is not None}
-        for number in range(len(self.entries) - 1, -1, -1):
+        for number in sorted(self.entries, reverse=True):
             if number in needed:
                 entry = self.entries[number]
                 needed.update(ref.entry for ref in _references((entry.args, entry.kwargs)))
@@ -170,6 +188,10 @@ class Tape(TorchFunctionMode):
         ]
         self._roots = tuple(moved(ref) for ref in refs)
         return kept
+
+
+def _forget(made: dict[int, _Made], number: int, _: object) -> None:
+    made.pop(number, None)
 
 
 def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:

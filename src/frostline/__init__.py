@@ -24,9 +24,11 @@ from frostline.planning.result import Plan
 from frostline.running.train_only import Run, train_only
 from frostline.subsets import Subset
 from frostline.tracing.trace import Trace, trace
+from frostline.watching.watch import Watch, watch
 
 __version__ = "0.1.0"
 __all__ = [
     "Comparison", "Cost", "Fit", "Frontier", "FrostlineError", "Importance", "Measurement", "Plan", "Run", "Subset",
-    "Trace", "compare", "fit", "frontier", "importance", "measure", "plan", "register_flops", "trace", "train_only",
+    "Trace", "Watch", "compare", "fit", "frontier", "importance", "measure", "plan", "register_flops", "trace",
+    "train_only", "watch",
 ]  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.util
 import inspect
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +27,22 @@ _RETURNS = "a model, (model, inputs) or (model, inputs, loss)"
 
 @dataclass(frozen=True)
 class Target:
-    """What a TARGET gave. ``name`` tells targets of one table apart."""
+    """What a TARGET gave.
+
+    Attributes:
+        name: tells targets of one table apart.
+        step: instead of inputs and loss, the whole step: model -> scalar.
+        as_found: the modules' modes are the target's own, and stay.
+        note: what a reader should know of where it comes from.
+    """
 
     name: str
     model: nn.Module
     inputs: Any
     loss: Any
+    step: Any = None
+    as_found: bool = False
+    note: str = ""
 
 
 def load(
@@ -44,7 +56,8 @@ def load(
     """Load one TARGET.
 
     Args:
-        spec: ``file.py:name``, ``package.module:name``, or the path of a ``config.json`` or its folder.
+        spec: ``file.py:name``, ``package.module:name``, the path of a ``config.json`` or its folder, or a training
+            script, ``"train.py ARGS"``, which is run until its second step.
         inputs: what ``--input`` asked for; takes the place of what the target returns.
         model_class: for a config.
         loss: takes the place of the target's.
@@ -53,6 +66,9 @@ def load(
     Raises:
         TargetError: it is missing, or does not give a model. What its own code raises is passed on with a note.
     """
+    script = _script(spec)
+    if script:
+        return _recorded(spec, script, inputs, model_class, loss)
     if is_config(spec):
         name = Path(spec).parent.name if Path(spec).name == "config.json" else Path(spec).stem
         model, given, given_loss = model_from_config(spec, model_class, "cpu" if weights else "meta"), None, None
@@ -80,6 +96,35 @@ def is_config(spec: str) -> bool:
             raise TargetError(f"the folder {spec!r} holds no config.json")
         return True
     return False
+
+
+def _script(spec: str) -> list[str]:
+    """The parts of a TARGET that is a script and its arguments; none if it is something else."""
+    if Path(spec).is_file():
+        parts = [spec]
+    else:
+        try:
+            parts = shlex.split(spec)
+        except ValueError:
+            return []
+    return parts if parts and parts[0].endswith(".py") and Path(parts[0]).is_file() else []
+
+
+def _recorded(spec: str, script: list[str], inputs: Sequence[str], model_class: str | None, loss: str | None) -> Target:
+    from frostline.watching.recorded import recorded_step
+
+    for option, value in (("--input", inputs), ("--model-class", model_class), ("--loss", loss)):
+        if value:
+            raise TargetError(f"{option} is not for a training script: {spec!r} has its own")
+    try:
+        found = recorded_step(script[0], script[1:])
+    except TargetError as error:
+        names = _defined(script[0])
+        if names:
+            error.add_note(f"a TARGET that is a function is written {script[0]}:NAME. {_offer(names)}")
+        raise
+    name = Path(script[0]).stem
+    return Target(name, found.model, found.inputs, found.loss, found.step, as_found=True, note=found.note)
 
 
 def _call(spec: str) -> tuple[nn.Module, Any, Any]:
@@ -160,8 +205,17 @@ def _functions(module: ModuleType) -> list[str]:
     ]
 
 
+def _defined(path: str) -> list[str]:
+    """The functions that a file defines, without running it."""
+    tree = ast.parse(Path(path).read_bytes())
+    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+
+
 def _offers(module: ModuleType) -> str:
-    names = _functions(module)
+    return _offer(_functions(module))
+
+
+def _offer(names: list[str]) -> str:
     return f"It defines {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}." if names else "It defines none."
 
 

@@ -248,7 +248,7 @@ BAD = {
     "a config that is missing": (["nowhere/config.json"], ["there is no file 'nowhere/config.json'"]),
     "a folder without a config": ([str(HERE)], ["holds no config.json"]),
     "a name that is missing": (["{f}:mpl"], ["has no 'mpl'", "Did you mean 'mlp'"]),
-    "no name": (["{f}"], ["names no function", "mlp"]),
+    "a script that trains nothing": (["{f}"], ["trains nothing", "It defines total, mlp"]),
     "a target that raises": (["{f}:raises"], ["LookupError: the weights are gone", "raised by TARGET"]),
     "a target that is no function": (["{f}:NUMBER"], ["is int", "must be a function"]),
     "a target that returns something else": (["{f}:a_number"], ["returned int", "(model, inputs, loss)"]),

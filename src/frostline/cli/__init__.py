@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from frostline.cli import cost, fit, measure, plan
+from frostline.cli import cost, fit, measure, plan, watch
 from frostline.errors import FrostlineError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command(epilog=cost.EXAMPLES)(cost.cost)
 app.command(epilog=measure.EXAMPLES)(measure.measure)
 app.command(epilog=fit.EXAMPLES)(fit.fit)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
+app.command(epilog=watch.EXAMPLES, context_settings=watch.SETTINGS)(watch.watch)
 
 
 def _print_version(asked: bool) -> None:

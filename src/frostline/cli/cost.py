@@ -23,6 +23,7 @@ EXAMPLES = """\b
 Examples:
   frostline cost examples/small.py:digits_cnn
   frostline cost train.py:build --train @head --train "last two=@last:2" --method freeze --method optimizer-only
+  frostline cost train.py
   frostline cost meta-llama/config.json --input 1x2048 --train @last:4
   frostline cost full.py:model lora.py:model --train "adapters=*lora*" --train @last:4
   frostline cost train.py:build --train @head --train @all --time --plot memory.svg
@@ -51,7 +52,8 @@ def cost(
         typer.Argument(
             metavar="TARGET ...",
             help="file.py:name or package.module:name, a function that returns model, (model, inputs) or (model, "
-            "inputs, loss); or the path of a Hugging Face config.json (or its folder), built without weights.",
+            "inputs, loss); the path of a Hugging Face config.json (or its folder), built without weights; or a "
+            'training script, "train.py ARGS", which is run until its second step.',
         ),
     ],
     train: Annotated[
@@ -121,7 +123,7 @@ def cost(
             prefix = name if len(targets) > 1 else ""
             own, said = _costs(trace, asked, methods, optimizer, prefix, bool(train))
         rows += own
-        notes += said
+        notes += [*([target.note] if target.note else []), *said]
     extra = _Extra(at_peak or time, marginal, by, depth, bool(train or freeze))
     sweeps = [(trace, _swept(trace, optimizer)) for trace in traces] if sweep is not None else []
     if time:

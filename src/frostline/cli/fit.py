@@ -28,7 +28,8 @@ def fit(
         typer.Argument(
             metavar="TARGET",
             help="file.py:name or package.module:name, a function that returns model, (model, inputs) or (model, "
-            "inputs, loss); or the path of a Hugging Face config.json (or its folder), built without weights.",
+            "inputs, loss); the path of a Hugging Face config.json (or its folder), built without weights; or a "
+            'training script, "train.py ARGS", which is run until its second step.',
         ),
     ],
     memory: Annotated[
@@ -79,7 +80,7 @@ def fit(
     The step is traced again at other sizes; peaks are predicted.
     """
     from frostline.amounts import parse_bytes
-    from frostline.cli.loading import check_loss, traced
+    from frostline.cli.loading import check_loss, check_parts, traced
     from frostline.cli.rows import asked_rows, resolved
     from frostline.fitting.fit import fit_rows
     from frostline.targets import load
@@ -89,6 +90,7 @@ def fit(
     batch, sequence = _dims(batch_dim, "--batch-dim"), _dims(sequence_dim, "--sequence-dim")
     with progress(f"tracing {target}") as advance:
         found = load(target, inputs or (), model_class, loss)
+        check_parts(target, found)
         trace = traced(target, found, device, eval_mode)
         rows = train or (() if freeze else (DEFAULT_ROW,))
         subsets, _ = resolved(asked_rows(rows, freeze or ()), trace.model)

@@ -29,7 +29,8 @@ def measure(
         typer.Argument(
             metavar="TARGET",
             help="file.py:name or package.module:name, a function that returns model, (model, inputs) or (model, "
-            "inputs, loss); or the path of a Hugging Face config.json (or its folder), run with random weights.",
+            "inputs, loss); the path of a Hugging Face config.json (or its folder), run with random weights; or a "
+            'training script, "train.py ARGS", which is run until its second step.',
         ),
     ],
     train: Annotated[
@@ -68,7 +69,7 @@ def measure(
 
     Every row runs in a process of its own, turn by turn; full training (@all) runs in two, for the machine's noise.
     """
-    from frostline.cli.loading import check_loss, traced
+    from frostline.cli.loading import check_loss, check_parts, traced
     from frostline.cli.rows import asked_rows, resolved
     from frostline.measuring.case import Source
     from frostline.measuring.measure import measure_rows
@@ -77,10 +78,18 @@ def measure(
     check_loss(loss)
     with progress(f"tracing {target}") as advance:
         found = load(target, inputs or (), model_class, loss)
+        check_parts(target, found)
         trace = traced(target, found, device, eval_mode)
         subsets, _ = resolved(asked_rows(train or (DEFAULT_ROW,), ()), trace.model)
         measurement = measure_rows(
-            Source(target, tuple(inputs or ()), model_class, loss, eval_mode=eval_mode, device=device),
+            Source(
+                target,
+                tuple(inputs or ()),
+                model_class,
+                loss,
+                eval_mode=eval_mode or (None if found.as_found else False),
+                device=device,
+            ),
             trace,
             subsets,
             method or None,

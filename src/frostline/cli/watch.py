@@ -1,0 +1,80 @@
+"""``frostline watch``: run a training script as it is, and say what it wastes and what is silently wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from frostline.cli.terminal import report_width
+
+if TYPE_CHECKING:
+    from frostline.watching.watch import Watch
+
+EXAMPLES = """\b
+Examples:
+  frostline watch train.py --epochs 3
+  frostline watch --steps 20 train.py
+  frostline watch --strict --json findings.json train.py
+  frostline watch --values --steps 2 train.py
+  frostline watch --ignore unowned-grad train.py
+  frostline watch -m package.train --lr 0.1
+"""
+
+SETTINGS = {"allow_interspersed_args": False, "ignore_unknown_options": False, "help_option_names": ["-h", "--help"]}
+
+
+def watch(
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="SCRIPT [ARGS ...]", help="What Python would be given: a file, and its own arguments."),
+    ],
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module's name, as for python -m.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="End it after N optimizer steps.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything is WRONG or WASTE.")] = False,
+    values: Annotated[
+        bool, typer.Option("--values", help="Also show what flows through each module: shapes, values, gradients.")
+    ] = False,
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the data; its schema is reports/schema.json.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="RULE", help="Leave a rule out. Repeat for several.")
+    ] = None,
+) -> None:
+    """Run a training script as it is, and say what it wastes and what is silently wrong.
+
+    The script's output, exit code and results are its own; the report goes to stderr, after its end.
+    """
+    from frostline.watching.script import Enough, Script
+    from frostline.watching.watch import Watch
+
+    def stop(done: int) -> None:
+        if steps is not None and done >= steps:
+            raise Enough
+
+    script = Script(command[0], command[1:], module=module)
+    seen = Watch(command[0], ignore or (), stop, values=values)
+    with seen:
+        ended = script.run(seen.close)
+    seen.record.ended = ended.how
+    _report(seen, as_json)
+    if ended.code == 0 and strict and not seen.is_clean:
+        raise typer.Exit(1)
+    raise typer.Exit(ended.code)
+
+
+def _report(seen: Watch, as_json: str | None) -> None:
+    from rich.console import Console
+
+    from frostline.reports.text import show
+    from frostline.reports.watching import watch_lines
+
+    sys.stdout.flush()
+    console = Console(file=sys.stderr, highlight=False)
+    show(watch_lines(seen, report_width(console)), console)
+    if as_json is not None:
+        Path(as_json).write_text(json.dumps(seen.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,98 @@
+"""What a rule found, with its evidence, its price and the way out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from frostline.costing.cost import Cost
+
+
+class Level(StrEnum):
+    """WRONG: results are not what they seem. WASTE: paid, and thrown away. INFO: worth knowing."""
+
+    WRONG = "WRONG"
+    WASTE = "WASTE"
+    INFO = "INFO"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one step costs; ``step_seconds`` is None where nothing was timed."""
+
+    forward_flops: int
+    backward_flops: int
+    step_flops: int
+    saved_bytes: int
+    gradient_bytes: int
+    step_seconds: float | None
+
+    @classmethod
+    def of(cls, cost: Cost) -> Figures:
+        return cls(
+            cost.forward_flops,
+            cost.backward_flops,
+            cost.step_flops,
+            cost.saved_bytes,
+            cost.gradient_bytes,
+            cost.step_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Fix:
+    """Code to paste.
+
+    Attributes:
+        where: where it goes, in words.
+        path, line: the line to put it before, if known.
+        replaces: on that line, the text that the code takes the place of; '' where it is put before it.
+    """
+
+    code: str
+    where: str
+    path: str = ""
+    line: int = 0
+    replaces: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a rule found.
+
+    Attributes:
+        rule: the rule's id; ``docs/watching/RULE.md`` explains it.
+        text: one sentence or two, with names.
+        place: the line of the cause, ``train.py:12``; '' where it cannot be known.
+        parameters, modules: what it is about, by name.
+        evidence: what was seen, in values.
+        now, fixed: the step as it is and with the fix, from a trace of the very model; None where neither changes or
+            the step could not be traced.
+        basis: how these figures are known.
+        fix: what to do about it.
+        fine: when it is no mistake.
+        freezes: ids of the parameters that the fix freezes.
+    """
+
+    rule: str
+    level: Level
+    text: str
+    parameters: tuple[str, ...]
+    modules: tuple[str, ...]
+    evidence: tuple[str, ...]
+    fix: Fix
+    fine: str
+    place: str = ""
+    now: Figures | None = None
+    fixed: Figures | None = None
+    basis: str = ""
+    freezes: frozenset[int] = field(default=frozenset(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        del data["freezes"]
+        return {
+            key: str(value) if isinstance(value, Level) else list(value) if isinstance(value, tuple) else value
+            for key, value in data.items()
+        }

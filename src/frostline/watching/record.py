@@ -1,0 +1,242 @@
+"""What was seen of a training script: facts, without judgement. Rules read these and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from frostline.watching.places import Place
+from frostline.watching.tape import Replay
+
+
+@dataclass(eq=False)
+class ParameterFact:
+    """One parameter of a model.
+
+    Attributes:
+        name: its first name in its model. ``aliases``: every other one.
+        owners: the numbers of the optimizers that hold it.
+        was_trainable, was_frozen: whether it was so at any optimizer step.
+        reached: how many backward passes led to it, of those that were followed.
+        with_gradient: at how many optimizer steps it had a ``.grad``.
+        first, last: checksums of its values when it was first seen, and at the end; None where unreadable.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    aliases: tuple[str, ...] = ()
+    owners: set[int] = field(default_factory=set)
+    was_trainable: bool = False
+    was_frozen: bool = False
+    reached: int = 0
+    with_gradient: int = 0
+    first: bytes | None = None
+    last: bytes | None = None
+
+    @property
+    def numel(self) -> int:
+        return self.parameter.numel()
+
+    @property
+    def got_gradient(self) -> bool:
+        return bool(self.reached or self.with_gradient)
+
+    @property
+    def moved(self) -> bool:
+        return self.first != self.last
+
+
+@dataclass(eq=False)
+class BufferFact:
+    """One buffer of a model, with checksums as a parameter has them."""
+
+    name: str
+    numel: int
+    first: bytes | None = None
+    last: bytes | None = None
+    value: Tensor | None = None
+    most: float | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is small enough that its first values are kept, to say by how much it moved (``most``)."""
+        return 0 < self.numel <= 1 << 16
+
+    @property
+    def moved(self) -> bool:
+        return self.first != self.last
+
+
+@dataclass(eq=False)
+class ModuleFact:
+    """How a module was called, in the steps that were inspected.
+
+    Attributes:
+        with_grad, without_grad: calls with gradients enabled and disabled; within a reentrant checkpoint, and in a
+            backward, neither counts.
+        training: calls in train mode.
+        from_trained: calls with an argument that required grad.
+        checkpointed: calls inside of a reentrant checkpoint none of whose inputs required grad.
+    """
+
+    name: str
+    module: nn.Module
+    with_grad: int = 0
+    without_grad: int = 0
+    training: int = 0
+    from_trained: int = 0
+    checkpointed: int = 0
+
+
+@dataclass(eq=False)
+class ModelFact:
+    """A model: a module that was called by itself, or the largest that holds it and has a name in the code.
+
+    Attributes:
+        variable: what the code calls it; '' if nothing names it.
+        calls: how often it, or a part of it, was called.
+        place: where the code called it in train mode first.
+        compiled: it goes through ``torch.compile``, so that its inside was not seen.
+    """
+
+    module: nn.Module
+    variable: str
+    parameters: dict[int, ParameterFact]
+    buffers: list[BufferFact]
+    modules: dict[int, ModuleFact]
+    calls: int = 0
+    place: Place | None = None
+    compiled: bool = False
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__
+
+
+@dataclass(eq=False)
+class OptimizerFact:
+    """An optimizer: where it was made, where it steps, what it holds, how often it stepped."""
+
+    number: int
+    optimizer: Any
+    place: Place | None
+    variable: str = ""
+    step_place: Place | None = None
+    steps: int = 0
+
+    @property
+    def kind(self) -> str:
+        return type(self.optimizer).__name__
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for group in self.optimizer.param_groups:
+            yield from group["params"]
+
+
+@dataclass(eq=False)
+class PassFact:
+    """One run of autograd: a ``backward``, or a call of ``torch.autograd.grad`` (``accumulates`` is then False).
+
+    Attributes:
+        step: the optimizer steps that were made before it.
+        reached: ids of the parameters that its graph leads to.
+        replay: how to run it again; None where that could not be recorded, ``unrecorded`` says why.
+        forced: shapes of the other leaves that it leads to and that were made inside a model's call: something there
+            asked for a gradient of what nothing before it trains.
+        lean: it ran within `frostline.train_only`, whose kernels keep less.
+    """
+
+    step: int
+    place: Place | None
+    accumulates: bool
+    reached: frozenset[int]
+    replay: Replay | None
+    unrecorded: str = ""
+    forced: tuple[tuple[int, ...], ...] = ()
+    lean: bool = False
+
+
+@dataclass(frozen=True)
+class ClipFact:
+    """A call of ``clip_grad_norm_``: the norm of all that it was given, and of what an optimizer holds."""
+
+    place: Place | None
+    max_norm: float
+    norm: float
+    owned_norm: float
+    foreign: frozenset[int]
+
+
+@dataclass(frozen=True)
+class MovedFact:
+    """A frozen parameter that changed during an optimizer's step."""
+
+    parameter: int
+    optimizer: int
+    step: int
+    most: float
+    momentum: float
+    gradient: bool
+
+
+@dataclass(frozen=True)
+class LeakFact:
+    """Rows whose gradient a hook set to zero, and that moved in the optimizer's step all the same."""
+
+    parameter: int
+    optimizer: int
+    masked: int
+    moved: int
+    rows: int
+    most: float
+    weight_decay: float
+
+
+@dataclass(eq=False)
+class Record:
+    """Everything that was seen of one script.
+
+    ``stray``: ids of parameters of no model that an optimizer holds and that had a gradient.
+    """
+
+    name: str = "the block"
+    models: list[ModelFact] = field(default_factory=list)
+    optimizers: list[OptimizerFact] = field(default_factory=list)
+    passes: list[PassFact] = field(default_factory=list)
+    clips: list[ClipFact] = field(default_factory=list)
+    frozen_moves: list[MovedFact] = field(default_factory=list)
+    leaks: list[LeakFact] = field(default_factory=list)
+    num_passes: int = 0
+    num_steps: int = 0
+    checkpoint_places: Counter[Place] = field(default_factory=Counter)
+    stray: set[int] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    ended: str = ""
+
+    @property
+    def owned(self) -> dict[int, set[int]]:
+        """Of every parameter that an optimizer holds, by id: the numbers of these."""
+        found: dict[int, set[int]] = {}
+        for each in self.optimizers:
+            for parameter in each.parameters():
+                found.setdefault(id(parameter), set()).add(each.number)
+        return found
+
+    def facts(self) -> Iterator[tuple[ModelFact, ParameterFact]]:
+        for model in self.models:
+            for fact in model.parameters.values():
+                yield model, fact
+
+    @property
+    def stepped(self) -> list[OptimizerFact]:
+        return [each for each in self.optimizers if each.steps]
+
+    def spelled(self, model: ModelFact, name: str) -> str:
+        """A name as the report writes it: with the model's variable in front where there are several models."""
+        if name and len(self.models) < 2:
+            return name
+        return f"{model.variable or model.kind}.{name}" if name else model.variable or model.kind

@@ -1,0 +1,55 @@
+"""What three rules share: parameters that an optimizer holds and steps, and that never got a gradient."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from frostline.watching.record import ModelFact, ModuleFact, OptimizerFact, ParameterFact, Record
+from frostline.watching.wording import optimizers_of
+
+LONG = 50
+"""Steps after which an expert that was never chosen is no coincidence any more."""
+
+
+def ungraded(record: Record, is_meant: Callable[[ModuleFact | None], bool]) -> Iterator[
+    tuple[ModelFact, list[ParameterFact], list[OptimizerFact]]
+]:  # fmt: skip
+    """For each model: trainable parameters that optimizers step and that never got a gradient.
+
+    ``is_meant``: asked of the module that owns each.
+    """
+    for model in record.models:
+        modules = {fact.name: fact for fact in model.modules.values()}
+        facts = [
+            fact
+            for fact in model.parameters.values()
+            if fact.owners
+            and fact.was_trainable
+            and not fact.was_frozen
+            and not fact.got_gradient
+            and is_meant(modules.get(fact.name.rpartition(".")[0]))
+        ]
+        optimizers = optimizers_of(record, facts)
+        if facts and optimizers:
+            yield model, facts, optimizers
+
+
+def was_cut(module: ModuleFact | None) -> bool:
+    """Whether a module ran in reentrant checkpoints that no gradient comes out of, and nowhere else."""
+    return module is not None and module.checkpointed > 0 and not module.with_grad
+
+
+def was_off(module: ModuleFact | None) -> bool:
+    """Whether a module only ran with gradients disabled."""
+    return module is not None and module.without_grad > 0 and not module.with_grad and not module.checkpointed
+
+
+def may_be_routed(model: ModelFact, fact: ParameterFact) -> bool:
+    """Whether a parameter has a twin elsewhere in a numbered list that did get a gradient: an expert, say."""
+    for match in re.finditer(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", fact.name):
+        pattern = re.compile(re.escape(fact.name[: match.start()]) + r"\d+" + re.escape(fact.name[match.end() :]))
+        for other in model.parameters.values():
+            if other.got_gradient and pattern.fullmatch(other.name) and other.parameter.shape == fact.parameter.shape:
+                return True
+    return False

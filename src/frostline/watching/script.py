@@ -1,0 +1,142 @@
+"""A script of the user's, run in this process as if it had been started by itself."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.machinery
+import importlib.util
+import io
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, ModuleType, TracebackType
+
+from frostline.errors import TargetError
+
+
+class Enough(BaseException):
+    """Ends a script of which enough was seen. No ``except Exception`` catches it."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a script ended.
+
+    Attributes:
+        code: the exit code that Python would have given.
+        how: ``"end"``, ``"exit"`` (``sys.exit``), ``"error"``, ``"interrupt"`` or ``"enough"``.
+    """
+
+    code: int
+    how: str
+
+
+class Script:
+    """A file, or with ``module`` the name of a module as ``python -m`` takes it, and its arguments.
+
+    Raises:
+        TargetError: there is no such file or module.
+    """
+
+    def __init__(self, name: str, args: list[str], *, module: bool = False) -> None:
+        self.name = name
+        self.args = args
+        self._main = ModuleType("__main__")
+        self._code = self._of_module(name) if module else self._of_file(name)
+
+    def _of_file(self, name: str) -> CodeType:
+        path = Path(name)
+        if path.is_dir():
+            path /= "__main__.py"
+        if not path.is_file():
+            raise TargetError(f"there is no file {str(path)!r} to run")
+        with io.open_code(str(path.resolve())) as file:
+            code = compile(file.read(), str(path), "exec", dont_inherit=True)
+        self._main.__dict__.update(__file__=str(path), __builtins__=builtins, __spec__=None, __package__=None)
+        self._path = str(path.resolve().parent)
+        self._argv0 = name
+        return code
+
+    def _of_module(self, name: str) -> CodeType:
+        self._path = str(Path.cwd())
+        sys.path.insert(0, self._path)
+        try:
+            spec = importlib.util.find_spec(name)
+            if spec is not None and spec.submodule_search_locations is not None:
+                spec = importlib.util.find_spec(f"{name}.__main__")
+        except ModuleNotFoundError as error:
+            raise TargetError(f"there is no module {name!r} to run ({error})") from error
+        finally:
+            sys.path.remove(self._path)
+        loader = None if spec is None else spec.loader
+        if spec is None or not isinstance(loader, importlib.machinery.SourceFileLoader):
+            raise TargetError(f"there is no module {name!r} to run that is Python source")
+        code = loader.get_code(spec.name)
+        assert code is not None
+        self._main.__dict__.update(
+            __file__=spec.origin, __builtins__=builtins, __spec__=spec, __package__=spec.parent, __loader__=loader
+        )
+        self._argv0 = str(spec.origin)
+        return code
+
+    def run(self, afterwards: Callable[[], None]) -> Ended:
+        """Run it to its end, then ``afterwards``, and say how it ended.
+
+        An error is printed as Python prints it: by ``sys.excepthook``, with the user's frames alone. Threads that it
+        started and that are not daemons are waited for.
+        """
+        before = sys.argv, sys.path[:], sys.modules.get("__main__")
+        sys.argv = [self._argv0, *self.args]
+        sys.path[0:1] = [self._path] if _is_entry(sys.path[0]) else [self._path, *sys.path[0:1]]
+        sys.modules["__main__"] = self._main
+        try:
+            ended = self._run()
+            _wait_for_threads()
+            afterwards()
+        finally:
+            sys.argv, sys.path[:] = before[0], before[1]
+            if before[2] is not None:
+                sys.modules["__main__"] = before[2]
+        return ended
+
+    def _run(self) -> Ended:
+        try:
+            exec(self._code, self._main.__dict__)
+        except Enough:
+            return Ended(0, "enough")
+        except SystemExit as error:
+            if error.code is None or isinstance(error.code, int):
+                return Ended(error.code or 0, "exit")
+            print(error.code, file=sys.stderr)
+            return Ended(1, "exit")
+        except BaseException as error:
+            _print(error)
+            return Ended(130, "interrupt") if isinstance(error, KeyboardInterrupt) else Ended(1, "error")
+        return Ended(0, "end")
+
+
+def _is_entry(path: str) -> bool:
+    """Whether ``sys.path[0]`` is what Python put there for our own command, which the script's takes the place of."""
+    own = Path(sys.argv[0]).parent
+    return path == "" or Path(path).resolve() == own.resolve() or Path(path).resolve() == Path.cwd().resolve()
+
+
+def _print(error: BaseException) -> None:
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    sys.stdout.flush()
+    try:
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+    except Exception:  # a hook of the user's that fails
+        traceback.print_exception(type(error), error, trace)
+    sys.stderr.flush()
+
+
+def _wait_for_threads() -> None:
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon and thread is not threading.main_thread():
+            thread.join()

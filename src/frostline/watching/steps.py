@@ -1,0 +1,160 @@
+"""The recorded steps of a record, traced: what they cost as they are, and would cost otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from frostline.costing.cost import Cost
+from frostline.costing.entry import bits_of, forward_entry
+from frostline.subsets import Subset
+from frostline.tracing.trace import Trace, trace
+from frostline.watching.record import PassFact, Record
+from frostline.watching.tape import Replay, Together
+
+
+@dataclass(eq=False)
+class TracedPass:
+    """One recorded pass with its trace.
+
+    Attributes:
+        names: id of a parameter -> its name in the trace.
+        now: the parameters that required grad, by name in the trace.
+    """
+
+    fact: PassFact
+    trace: Trace
+    names: dict[int, str]
+    now: tuple[str, ...]
+    _costs: dict[tuple[tuple[str, ...], str], Cost | None] = field(default_factory=dict)
+
+    def cost(self, names: Iterable[str] | None = None, method: str = "freeze") -> Cost | None:
+        """What the pass costs if these parameters require grad (None: those that did); None if it cannot be said."""
+        wanted = set(self.now if names is None else names)
+        chosen = tuple(name for name in self.trace.parameters if name in wanted)
+        if (chosen, method) not in self._costs:
+            self._costs[chosen, method] = self._ask(chosen, method)
+        return self._costs[chosen, method]
+
+    def _ask(self, chosen: tuple[str, ...], method: str) -> Cost | None:
+        if not chosen:
+            return None
+        shapes = {name: tuple(self.trace.parameters[name].shape) for name in chosen}
+        with _unseen(), contextlib.suppress(Exception):
+            return self.trace.cost(Subset(chosen, shapes=shapes), method=method)
+        return None
+
+    def without(self, numbers: Iterable[int], method: str = "freeze") -> Cost | None:
+        """What the pass costs if these parameters were frozen as well."""
+        taken = {self.names[number] for number in numbers if number in self.names}
+        return self.cost([name for name in self.now if name not in taken], method)
+
+    def share_trained(self) -> float:
+        """How much of the models' numbers trains."""
+        total = sum(parameter.numel() for parameter in self.trace.parameters.values())
+        return sum(self.trace.parameters[name].numel() for name in self.now) / max(total, 1)
+
+    def prefix_flops(self) -> int:
+        """FLOPs of the forward before anything that trains: what does not depend on a parameter that required grad."""
+        trained = bits_of(n for n, name in enumerate(self.trace.parameters) if name in set(self.now))
+        with _unseen():
+            units = self.trace._coster_for("freeze").evaluate(frozenset(), "freeze")[0].units
+        frozen = [unit for unit in units if not any(bits & trained for bits in unit.behind)]
+        return sum(forward_entry(unit).forward_flops for unit in frozen)
+
+    @property
+    def basis(self) -> str:
+        cost = self.cost()
+        return "" if cost is None else cost.basis["step_flops"]
+
+
+class Steps:
+    """Traces the recorded passes of a record when they are first asked for."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.notes: list[str] = []
+        self._traced: dict[int, TracedPass | None] = {}
+
+    def pass_of(self, numbers: Iterable[int]) -> TracedPass | None:
+        """A recorded pass that led to one of these parameters: one of the second step if there is."""
+        wanted = set(numbers)
+        found = [p for p in self.record.passes if p.replay is not None and p.accumulates and wanted & p.reached]
+        return self._best(found)
+
+    def usual(self) -> TracedPass | None:
+        """The pass that stands for the script's step."""
+        return self._best([p for p in self.record.passes if p.replay is not None and p.accumulates])
+
+    def _best(self, passes: list[PassFact]) -> TracedPass | None:
+        later = [each for each in passes if each.step >= 1] or passes
+        for each in later:
+            traced = self._trace(each)
+            if traced is not None:
+                return traced
+        return None
+
+    def otherwise(self, usual: TracedPass, changed: contextlib.AbstractContextManager[None]) -> TracedPass | None:
+        """A pass traced again while something of its models, or of torch, is changed."""
+        return self._run(usual.fact, changed)
+
+    def _trace(self, fact: PassFact) -> TracedPass | None:
+        if id(fact) not in self._traced:
+            self._traced[id(fact)] = self._run(fact)
+        return self._traced[id(fact)]
+
+    def _run(self, fact: PassFact, changed: contextlib.AbstractContextManager[None] | None = None) -> TracedPass | None:
+        replay = fact.replay
+        assert replay is not None
+        try:
+            with _unseen(), replay.as_recorded(), changed or contextlib.nullcontext():
+                found = traced(replay, self._called(replay.models))
+                names = {id(p): name for name, p in found.parameters.items()}
+                now = tuple(name for number, name in names.items() if number in replay.trainable)
+                result = TracedPass(fact, found, names, now)
+                result.cost()  # while the model is as it was
+        except Exception as error:
+            said = str(error).partition("\n")[0]
+            self.notes.append(f"a step could not be traced ({type(error).__name__}: {said}), so it has no figures")
+            return None
+        return result
+
+    def _called(self, models: tuple[object, ...]) -> list[str]:
+        return called_in(self.record, models)
+
+
+def called_in(record: Record, models: tuple[object, ...]) -> list[str]:
+    """A name for each of several models that are traced as one: what the script calls it."""
+    known = {id(model.module): model.variable or model.kind for model in record.models}
+    names: list[str] = []
+    for model in models:
+        name = known.get(id(model), type(model).__name__)
+        while name in names or not name.isidentifier() or hasattr(Together, name):
+            name += "_"
+        names.append(name)
+    return names
+
+
+def traced(replay: Replay, called: list[str]) -> Trace:
+    """Trace a recorded pass, its modules being as they were recorded."""
+    first, model = replay.entries[0], replay.models[0]
+    if replay.is_simple:
+        return trace(model, args=first.args, kwargs=first.kwargs, loss=replay.loss)
+    if len(replay.models) > 1:
+        model = Together(dict(zip(called, replay.models, strict=True)))
+    return trace(model, step=lambda _: replay.run())
+
+
+@contextlib.contextmanager
+def _unseen() -> Iterator[None]:
+    """The user's forward may print and warn: it has done so once already."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield

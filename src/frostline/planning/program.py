@@ -16,8 +16,6 @@ from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from frostline.costing.entry import bits_of, numbers_in
 from frostline.planning.problem import Problem, State
@@ -320,6 +318,8 @@ class Program:
         for made in excluded:
             terms = {self.x[n]: -1.0 if made >> n & 1 else 1.0 for n in range(len(self.x))}
             rows.append((terms, 1.0 - made.bit_count(), math.inf))
+        from scipy.optimize import Bounds, LinearConstraint, milp  # (half a second, for those who plan)
+
         target = self.sums[self.minimised] if self.minimised else self.worth
         whole = sum(abs(value) for value in target.terms.values())
         scale = (1 if self.minimised else -1) * _WORTH / (whole or 1)
@@ -351,7 +351,9 @@ class Program:
         return Solution(chosen, bound, found.status == 0, infeasible)
 
 
-def _matrix(rows: Sequence[dict[int, float]], width: int) -> csr_array:
+def _matrix(rows: Sequence[dict[int, float]], width: int) -> Any:
+    from scipy.sparse import csr_array
+
     starts = np.cumsum([0, *(len(terms) for terms in rows)])
     columns = np.fromiter((variable for terms in rows for variable in terms), dtype=np.int32, count=starts[-1])
     values = np.fromiter((value for terms in rows for value in terms.values()), dtype=np.float64, count=starts[-1])

@@ -135,9 +135,8 @@ class Observer:
     # -- models --------------------------------------------------------------------------------------------------------
 
     def _before_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if (
-            torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        ):  # asked first: torch.compile reads on until here
+        # (Asked first: torch.compile reads on until here.)
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return
         local = self._local
         if local.stack:

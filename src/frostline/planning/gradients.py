@@ -52,7 +52,7 @@ class Gradients:
         undo.callback(_set_grad, parameter, parameter.grad)
         parameter.grad = None
         parameter.requires_grad_(True)
-        hooks: Any = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+        hooks: Any = parameter._post_accumulate_grad_hooks
         if hooks:
             undo.callback(hooks.update, dict(hooks))  # the same mapping: handles that users hold refer to it
             hooks.clear()

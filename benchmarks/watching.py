@@ -1,6 +1,6 @@
 """What watching a step costs: ``python -m benchmarks.watching``.
 
-A MiniLM with a two-class head (32 x 64 tokens) and a CNN (32 x 3 x 64 x 64), AdamW over everything. After the first
+A MiniLM with a two-class head (8 x 64 tokens) and a CNN (16 x 3 x 64 x 64), AdamW over everything. After the first
 steps, which are inspected, steps are timed in turn with the watching on and off, in one process: pairs of steps, the
 order of each pair drawn. Timed is the process's own processor time, so that other processes count little. The overhead
 is the median of the pairs' ratios less 1.
@@ -36,24 +36,24 @@ PROGRESS = Console(stderr=True)
 
 
 def minilm() -> Callable[[], None]:
-    """MiniLM's shape (6 x 384) with a two-class head and random weights, 32 x 64 tokens: one step of training."""
+    """MiniLM's shape (6 x 384) with a two-class head and random weights, 8 x 64 tokens: one step of training."""
     config = transformers.BertConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=2
     )
     model = transformers.BertForSequenceClassification(config).train()
-    tokens_BT, labels_B = torch.randint(30_000, (32, 64)), torch.randint(2, (32,))
+    tokens_BT, labels_B = torch.randint(30_000, (8, 64)), torch.randint(2, (8,))
     return _step(model, lambda: model(input_ids=tokens_BT, labels=labels_B).loss)
 
 
 def cnn() -> Callable[[], None]:
-    """Eight 3x3 convolutions with batch norms, 32 images of 3 x 64 x 64."""
+    """Eight 3x3 convolutions with batch norms, 16 images of 3 x 64 x 64."""
     layers: list[nn.Module] = []
     width = 3
     for wider, stride in ((32, 1), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1)):
         layers += [nn.Conv2d(width, wider, 3, stride, 1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()]
         width = wider
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)).train()
-    images_BCHW, labels_B = torch.randn(32, 3, 64, 64), torch.randint(10, (32,))
+    images_BCHW, labels_B = torch.randn(16, 3, 64, 64), torch.randint(10, (16,))
     return _step(model, lambda: F.cross_entropy(model(images_BCHW), labels_B))
 
 
@@ -129,7 +129,7 @@ def main() -> None:
         "| network | a step | watched | overhead (median of the pairs) | ± | target |",
         "| --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
-    for name, build in (("MiniLM, 32 x 64 tokens", minilm), ("CNN, 32 x 3 x 64 x 64", cnn)):
+    for name, build in (("MiniLM, 8 x 64 tokens", minilm), ("CNN, 16 x 3 x 64 x 64", cnn)):
         plain, ours, more, spread = overhead(build, pairs, name)
         lines.append(
             f"| {name} | {1000 * plain:.1f} ms | {1000 * ours:.1f} ms | {100 * more:+.2f} % | {100 * spread:.2f} | "

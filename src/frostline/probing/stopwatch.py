@@ -309,7 +309,7 @@ class _Inputs:
             if meta.dtype.is_floating_point:
                 every.fill_(0.5)
             elif not meta.dtype.is_complex and meta.dtype is not torch.bool:
-                every.random_(0, self.bound)
+                every.random_(0, min(self.bound, torch.iinfo(meta.dtype).max))
         return tensor
 
 

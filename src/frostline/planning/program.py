@@ -291,6 +291,10 @@ class Program:
         for parameter, amount in enumerate(problem.owned.get(figure, ())):
             if amount and parameter in self.gets_gradient:
                 total.add(self.gets_gradient[parameter], amount)
+        named = problem.named.get(figure)
+        if named is not None:
+            for number, choice in enumerate(problem.choices):
+                total.add(self._one(number), sum(named[parameter] for parameter in numbers_in(choice.parameters)))
         entries = sorted(problem.largest.get(figure, ()), reverse=True)
         larger: Sum = Sum({})
         for size in sorted({size for size, _, _ in entries}, reverse=True):

@@ -16,8 +16,6 @@ from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from frostline.costing.entry import bits_of, numbers_in
 from frostline.planning.problem import Problem, State
@@ -316,6 +314,8 @@ class Program:
             seconds: when to stop.
             gap: how far from the best, as a share of it, is good enough.
         """
+        from scipy.optimize import Bounds, LinearConstraint  # (scipy takes long to import)
+
         started = time.perf_counter()
         rows = list(self._rows)
         for figure in self.figures:
@@ -355,7 +355,16 @@ class Program:
         return Solution(chosen, bound, found.status == 0, infeasible)
 
 
-def _matrix(rows: Sequence[dict[int, float]], width: int) -> csr_array:
+def milp(*arguments: Any, **named: Any) -> Any:
+    """HiGHS, through scipy."""
+    from scipy.optimize import milp as solved
+
+    return solved(*arguments, **named)
+
+
+def _matrix(rows: Sequence[dict[int, float]], width: int) -> Any:
+    from scipy.sparse import csr_array
+
     starts = np.cumsum([0, *(len(terms) for terms in rows)])
     columns = np.fromiter((variable for terms in rows for variable in terms), dtype=np.int32, count=starts[-1])
     values = np.fromiter((value for terms in rows for value in terms.values()), dtype=np.float64, count=starts[-1])

@@ -31,8 +31,8 @@ def by_size(trace: Trace) -> Importance:
 NAMED: dict[str, Callable[[Trace], Any]] = {"size": by_size}
 
 
-def read_importance(asked: str | None, trace: Trace) -> Any:
-    """What ``--importance`` says about a trace's parameters.
+def read_importance(asked: str | None) -> Callable[[Trace], Any]:
+    """What ``--importance`` asks for, to be asked of a trace.
 
     Raises:
         PlanError: nothing was asked for, or there is no such measure or file.
@@ -41,7 +41,7 @@ def read_importance(asked: str | None, trace: Trace) -> Any:
     if asked is None:
         raise PlanError(f"a plan needs to know what training each parameter is worth: give --importance {known}")
     if asked in NAMED:
-        return NAMED[asked](trace)
+        return NAMED[asked]
     path = Path(asked)
     if not path.is_file():
         raise PlanError(f"--importance {asked!r} is no file and no measure: give {known}")
@@ -54,4 +54,4 @@ def read_importance(asked: str | None, trace: Trace) -> Any:
         raise PlanError(
             f'--importance {asked!r} holds no numbers by name: write {{"name": number}}, alone or as "scores"'
         )
-    return Importance(scores, f"{path.name}")
+    return lambda _: Importance(scores, path.name)

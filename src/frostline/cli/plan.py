@@ -103,10 +103,11 @@ def plan(
     check_loss(loss)
     budgets = _budgets(budget)
     _check(budgets, frontier, plot, save)
+    measure = read_importance(importance)
     with saying(f"tracing {target}"):
         found = load(target, inputs or (), model_class, loss)
         trace = traced(target, found, device, eval_mode)
-    worth = read_importance(importance, trace)
+    worth = measure(trace)
     if "step_seconds" in (*budgets, frontier):
         with progress("timing ops") as advance:
             trace.calibrate(None, optimizer, advance)

@@ -61,6 +61,7 @@ class Problem:
     Attributes:
         values: what it is worth that a parameter gets a gradient; by parameter.
         owned: figure -> what a parameter that gets a gradient adds; by parameter.
+        named: figure -> what a parameter that is chosen adds, whether it gets one or not; by parameter.
         stored: figure -> what a held storage adds; by storage, nothing for those it is too short for.
         constants: figure -> what is there whatever trains.
         largest: figure -> (size, parameter, amount): a parameter that gets a gradient adds the amount if no larger one
@@ -71,6 +72,7 @@ class Problem:
     values: Sequence[float]
     tables: Sequence[Table]
     owned: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    named: Mapping[str, Sequence[float]] = field(default_factory=dict)
     stored: Mapping[str, Sequence[float]] = field(default_factory=dict)
     constants: Mapping[str, float] = field(default_factory=dict)
     largest: Mapping[str, Sequence[tuple[int, int, float]]] = field(default_factory=dict)
@@ -79,7 +81,7 @@ class Problem:
     def figures(self) -> set[str]:
         """Every figure that something adds to."""
         told = {figure for table in self.tables for outcome in table.outcomes.values() for figure in outcome.amounts}
-        return told | {*self.owned, *self.stored, *self.constants, *self.largest}
+        return told | {*self.owned, *self.named, *self.stored, *self.constants, *self.largest}
 
     @property
     def fixed(self) -> int:
@@ -117,6 +119,8 @@ class Problem:
             amounts[figure] += sum(by_storage[number] for number in numbers_in(held) if number < len(by_storage))
         for figure, by_parameter in self.owned.items():
             amounts[figure] += sum(by_parameter[number] for number in numbers_in(trained))
+        for figure, by_parameter in self.named.items():
+            amounts[figure] += sum(by_parameter[number] for number in numbers_in(live))
         for figure, entries in self.largest.items():
             there = [entry for entry in entries if trained >> entry[1] & 1]
             most = max((size for size, _, _ in there), default=0)

@@ -289,6 +289,10 @@ class Program:
         for parameter, amount in enumerate(problem.owned.get(figure, ())):
             if amount and parameter in self.gets_gradient:
                 total.add(self.gets_gradient[parameter], amount)
+        named = problem.named.get(figure)
+        if named is not None:
+            for number, choice in enumerate(problem.choices):
+                total.add(self._one(number), sum(named[parameter] for parameter in numbers_in(choice.parameters)))
         entries = sorted(problem.largest.get(figure, ()), reverse=True)
         larger: Sum = Sum({})
         for size in sorted({size for size, _, _ in entries}, reverse=True):
@@ -310,6 +314,8 @@ class Program:
             seconds: when to stop.
             gap: how far from the best, as a share of it, is good enough.
         """
+        from scipy.optimize import Bounds, LinearConstraint  # (scipy takes long to import)
+
         started = time.perf_counter()
         rows = list(self._rows)
         for figure in self.figures:
@@ -318,8 +324,6 @@ class Program:
         for made in excluded:
             terms = {self.x[n]: -1.0 if made >> n & 1 else 1.0 for n in range(len(self.x))}
             rows.append((terms, 1.0 - made.bit_count(), math.inf))
-        from scipy.optimize import Bounds, LinearConstraint, milp  # (half a second, for those who plan)
-
         target = self.sums[self.minimised] if self.minimised else self.worth
         whole = sum(abs(value) for value in target.terms.values())
         scale = (1 if self.minimised else -1) * _WORTH / (whole or 1)
@@ -349,6 +353,13 @@ class Program:
         dual = found.mip_dual_bound
         bound = target.constant + (dual / scale if dual is not None and math.isfinite(dual) else whole)
         return Solution(chosen, bound, found.status == 0, infeasible)
+
+
+def milp(*arguments: Any, **named: Any) -> Any:
+    """HiGHS, through scipy."""
+    from scipy.optimize import milp as solved
+
+    return solved(*arguments, **named)
 
 
 def _matrix(rows: Sequence[dict[int, float]], width: int) -> Any:

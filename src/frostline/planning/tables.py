@@ -64,7 +64,7 @@ class Tabulator:
         if "step_flops" in figures:
             constants["step_flops"] = self.ledger.base.forward_flops
         if "trainable_parameters" in figures:
-            owned["trainable_parameters"] = [p.numel() for p in self.trace.parameter_list]
+            found.named = {"trainable_parameters": [p.numel() for p in self.trace.parameter_list]}
         if "optimizer_bytes" in figures:
             owned["optimizer_bytes"] = self.optimizer_bytes(choices)
         if "saved_bytes" in figures:

@@ -59,6 +59,16 @@ def test_json_is_the_plan_that_save_writes_and_other_commands_read(frost: Any, t
     assert "the plan is for another model than this one: it has 0.weight [64, 16] instead of [32, 16]" in err
 
 
+def test_importance_is_measured_on_what_the_target_gives(frost: Any) -> None:
+    asked = ("--budget", "trainable_parameters=10", "--json")
+    code, out, err = frost(f"{FILE}:mlp", "--importance", "gradient_norm", *asked)
+    assert code == 0, err
+    data = valid(out)
+    assert data["importance"]["source"] == "gradient_norm, of one batch: what TARGET gives"
+    assert data["importance"]["scores"]["2.bias"] == 8 * 4**0.5  # the loss is the sum of 8 rows of 4
+    assert data["names"] == ["2.bias"]
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_importance_comes_from_a_file(frost: Any, tmp_path: Path, wrapped: bool) -> None:
     scores = {"0.weight": 0.0, "0.bias": 0.0, "2.weight": 0.0, "2.bias": 3.0}
@@ -125,7 +135,10 @@ def test_what_libraries_print_themselves_goes_to_stderr(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{f}:mlp", "--budget", "step_flops=50%"], "give --importance FILE.json (parameter name -> number) or size"),
+        (
+            ["{f}:mlp", "--budget", "step_flops=50%"],
+            "give --importance FILE.json (parameter name -> number) or size, tay",
+        ),
         (["{f}:mlp", *SIZE], "give a --budget FIGURE=AMOUNT, such as step_flops=50%, or --frontier FIGURE"),
         (["{f}:mlp", *SIZE, "--budget", "step_flops"], "--budget 'step_flops' cannot be read: write FIGURE=AMOUNT"),
         (["{f}:mlp", *SIZE, "--budget", "step_flop=5"], "did you mean 'step_flops'?"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from frostline.errors import PlanError
 
 if TYPE_CHECKING:
+    from frostline.planning.importance import Kind
     from frostline.tracing.trace import Trace
 
 
@@ -28,10 +30,24 @@ def by_size(trace: Trace) -> Importance:
     return Importance(scores, "size: the number of elements")
 
 
-NAMED: dict[str, Callable[[Trace], Any]] = {"size": by_size}
+def by_gradients(kind: Kind, trace: Trace) -> Importance:
+    """What one backward says, on the inputs that the TARGET brings; see `frostline.planning.importance`."""
+    from frostline.planning.importance import importance
+
+    step = trace.rehearsal
+    found = importance(trace.model, [None], kind=kind, step=lambda model, _: step.run(model, step.args, step.kwargs))
+    return Importance(found.scores, f"{kind}, of one batch: what TARGET gives")
 
 
-def read_importance(asked: str | None) -> Callable[[Trace], Any]:
+NAMED: dict[str, Callable[[Trace], Importance]] = {
+    "size": by_size,
+    "taylor": partial(by_gradients, "taylor"),
+    "gradient_norm": partial(by_gradients, "gradient_norm"),
+    "relative_gradient_norm": partial(by_gradients, "relative_gradient_norm"),
+}
+
+
+def read_importance(asked: str | None) -> Callable[[Trace], Importance]:
     """What ``--importance`` asks for, to be asked of a trace.
 
     Raises:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   frostline plan examples/minilm.py:sentiment --importance size --budget step_flops=50%
-  frostline plan train.py:build --importance scores.json --budget step_seconds=50% --budget peak_bytes=4GiB
+  frostline plan train.py:build --importance gradient_norm --budget step_seconds=50% --budget peak_bytes=4GiB
   frostline plan train.py:build --importance scores.json --budget saved_bytes=200MiB --method train-only --by layer
   frostline plan examples/llama.py:llama_3_8b --importance size --budget step_flops=60% --save plan.json
   frostline plan train.py:build --importance scores.json --frontier step_seconds --plot frontier.svg
@@ -61,8 +61,9 @@ def plan(
     importance: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE.json|size",
-            help="What training each parameter is worth: a file of parameter name -> number, or by its size.",
+            metavar="FILE.json|MEASURE",
+            help="What training each parameter is worth: a file of parameter name -> number, or taylor, gradient_norm, "
+            "relative_gradient_norm (one backward on what TARGET gives), or size.",
         ),
     ] = None,
     always: Annotated[

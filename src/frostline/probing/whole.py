@@ -105,7 +105,9 @@ def _held(
         outside: tensors, by number, that the step leaves somewhere (in a list, say): they are to keep no graph alive.
     """
     gc.collect()
-    gc.freeze()  # what is alive already need not be looked through again
+    freezes = not gc.get_freeze_count()
+    if freezes:
+        gc.freeze()  # what is alive already need not be looked through again
     try:
         with kernels() as run:
             root, recorder, excluded = _root(rehearsal, trainable)
@@ -119,7 +121,8 @@ def _held(
         after = _references(recorder)
         left = _with_graph(recorder)
     finally:
-        gc.unfreeze()
+        if freezes:
+            gc.unfreeze()
     if left and not outside:
         return _held(rehearsal, trainable, kernels, left)
     held = {number for key, (number, count) in before.items() if count > after.get(key, (number, 0))[1]}

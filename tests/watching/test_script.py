@@ -64,8 +64,7 @@ def test_nothing_of_ours_is_left_behind() -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert (torch.optim.Optimizer.__init__, torch.autograd._engine_run_backward) == before
-    assert not module._global_forward_hooks
-    assert not module._global_forward_pre_hooks
+    assert not module._has_any_global_hook()
     assert not optimizer._global_optimizer_pre_hooks
     assert not optimizer._global_optimizer_post_hooks
     assert torch._C._len_torch_function_stack() == 0

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -90,6 +91,7 @@ class Observer:
         with ExitStack() as undo:
             undo.callback(register_module_forward_pre_hook(self._before_module).remove)
             after = register_module_forward_hook(self._after_module, with_kwargs=True, always_call=True)
+            undo.callback(modules._global_forward_hooks_with_kwargs.pop, after.id, None)  # (its handle leaves that)
             undo.callback(after.remove)
             undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
             undo.callback(register_optimizer_step_post_hook(self._after_step).remove)

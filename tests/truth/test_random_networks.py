@@ -21,7 +21,7 @@ from tests.truth.reference import METHODS, Method
 from torch.utils._python_dispatch import TorchDispatchMode
 
 COUNT = int(os.environ.get("FROSTLINE_EXAMPLES", "300"))
-SHARDS = max(2, COUNT // 250)  # so that several processes can share them
+SHARDS = max(6, COUNT // 250)  # so that several processes can share them
 THE_OTHERS = tuple(method for method in METHODS if method != "train-only")
 QUIET = pytest.mark.filterwarnings("ignore")  # whatever torch warns of in a network that nobody wrote
 

@@ -45,7 +45,7 @@ types: $(STAMP)  ## mypy, strict on the package
 	$(call part,types,$(BIN)/mypy)
 
 tests: $(STAMP)  ## pytest, WORKERS processes
-	$(call part,tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal)
+	$(call part,tests,OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal)
 
 doctests: $(STAMP)  ## the examples in docstrings
 	$(call part,doctests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --doctest-modules src examples)

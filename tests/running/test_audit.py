@@ -399,3 +399,21 @@ def test_several_backward_runs_show_the_largest():
             model(torch.randn(rows, 16)).sum().backward()
 
     assert kept(model, step) == 8 * 16 * 4
+
+
+@pytest.mark.parametrize("view", [lambda y: y.view(-1), lambda y: y[1:], lambda y: y.t()])
+def test_an_activation_written_to_a_view_keeps_what_its_cost_says(view: Any) -> None:
+    """There torch's own kernel runs, and keeps the whole result."""
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return view(x + self.shift).relu_().sum()
+
+    model, x = Writes(), torch.randn(4, 4)
+    cost = fl.trace(model, x, loss=lambda y: y).cost("@all", method="train-only")
+    with fl.train_only(model, "@all") as run:
+        assert run.audit(lambda: model(x).backward()).kept_bytes == cost.saved_bytes

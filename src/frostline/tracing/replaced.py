@@ -5,22 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from frostline.kernels import replaced_ops
-from frostline.tracing.calls import Call
+from frostline.tracing.calls import Call, is_view
 
 _DRAWN = ("aten::bernoulli_", "aten::native_dropout")
 
 
-def mark_replaced(calls: Iterable[Call]) -> bool:
+def mark_replaced(calls: Iterable[Call], views: set[int] | None = None) -> bool:
     """Mark every call that runs such an op, or user code that may; returns whether any of ``calls`` does.
 
-    Dropout becomes several ops before autograd sees it, so that only the torch call around them can be asked.
+    Dropout becomes several ops before autograd sees it, so that only the torch call around them can be asked. An op
+    that writes to a view runs by torch's own kernel, which a stand-in for the view would not show.
+
+    Args:
+        views: the tensors, by value, that are views of others; those that ``calls`` make are added.
     """
     names = replaced_ops()
+    views = set() if views is None else views
     found = False
     for call in calls:
-        inside = mark_replaced([*call.children, *call.recompute])
+        inside = mark_replaced([*call.children, *call.recompute], views)
         if call.kind == "op":
-            call.replaced = call.target._schema.name in names
+            if is_view(call.target):
+                views.update(slot.value for slot in call.outputs)
+            to_a_view = call.target._schema.is_mutable and any(slot.value in views for slot in call.inputs[:1])
+            call.replaced = call.target._schema.name in names and not to_a_view
         else:
             call.replaced = inside or call.kind in ("function", "checkpoint")
         if call.kind == "torch" and call.replayable and any(_draws(child) for child in call.children):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 
@@ -36,14 +35,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the reports in tests/golden anew")
-
-
-@pytest.fixture(autouse=True)
-def _collections_look_at_what_the_test_made() -> Iterator[None]:
-    """What other tests have left in the process need not be looked through again and again."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

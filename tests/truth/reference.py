@@ -38,7 +38,6 @@ from torch.utils._pytree import tree_leaves
 
 import frostline as fl
 from frostline.costing.formulas import flops
-from frostline.kernels import settle
 
 Method = Literal["freeze", "optimizer-only", "backward-inputs", "train-only"]
 METHODS: tuple[Method, ...] = ("freeze", "optimizer-only", "backward-inputs", "train-only")
@@ -209,9 +208,7 @@ class _SeeEverything(TorchDispatchMode):
 
 def _saved_bytes(case: Case, train: Collection[str], method: Method) -> int:
     """Run the forward, let go of all but ``loss.grad_fn``, and add up the storages that did not die."""
-    freezes = not gc.get_freeze_count()
-    if freezes:
-        gc.freeze()  # what is alive already stays alive: the collection below need not look through it
+    gc.freeze()  # what is alive already stays alive: the collection below need not look through it
     try:
         copy = case.fresh()
         _set_flags(copy.model, train, method)
@@ -231,15 +228,13 @@ def _saved_bytes(case: Case, train: Collection[str], method: Method) -> int:
         with contextlib.suppress(NameError):
             del module, attributes, tensor
         gc.collect()
-        settle()  # what was not alone when it died is looked at again, as the next op of ours or collection would
         _see_kept_by_kernels(seen, root)
         saved = sum(nbytes for key, nbytes in seen.alive() if key not in excluded.references)
         if root is None:
             raise Unreachable(f"the loss requires no grad with {sorted(train)} by {method}")
         return saved
     finally:
-        if freezes:
-            gc.unfreeze()
+        gc.unfreeze()
 
 
 def _see_kept_by_kernels(storages: _Storages, root: Any) -> None:

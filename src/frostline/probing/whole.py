@@ -104,10 +104,7 @@ def _held(
     Args:
         outside: tensors, by number, that the step leaves somewhere (in a list, say): they are to keep no graph alive.
     """
-    gc.collect()
-    freezes = not gc.get_freeze_count()
-    if freezes:
-        gc.freeze()  # what is alive already need not be looked through again
+    gc.freeze()  # what is there already need not be looked through: a large process would take seconds each time
     try:
         with kernels() as run:
             root, recorder, excluded = _root(rehearsal, trainable)
@@ -121,8 +118,7 @@ def _held(
         after = _references(recorder)
         left = _with_graph(recorder)
     finally:
-        if freezes:
-            gc.unfreeze()
+        gc.unfreeze()
     if left and not outside:
         return _held(rehearsal, trainable, kernels, left)
     held = {number for key, (number, count) in before.items() if count > after.get(key, (number, 0))[1]}

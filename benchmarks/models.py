@@ -78,8 +78,8 @@ def resnet50(batch: int = 2, size: int = 128) -> Made:
 
 
 def resnet50_larger() -> Made:
-    """ResNet-50, 4 images of 160 x 160: its activations weigh more than its weights."""
-    return resnet50(4, 160)
+    """ResNet-50, 8 images of 160 x 160: its activations weigh more than its weights."""
+    return resnet50(8, 160)
 
 
 class UNet(nn.Module):
@@ -199,6 +199,15 @@ def mixer() -> Made:
 
     model = nn.Sequential(*(Mix() for _ in range(6)), nn.Flatten(), nn.Linear(64 * 256, 10))
     return model, torch.randn(8, 64, 256), _cross_entropy(torch.randint(0, 10, (8,)))
+
+
+def bert_base() -> Made:
+    """BERT-base's shape with a two-class head (110 M parameters), 2 sentences of 128 tokens."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    inputs = {"input_ids": torch.randint(0, 30522, (2, 128)), "labels": torch.tensor([0, 1])}
+    return BertForSequenceClassification(BertConfig(num_labels=2)).train(), inputs, None
 
 
 def checkpointed() -> Made:

@@ -97,6 +97,10 @@ def assert_study_runs(task: Task, folder: Path, fixed: list[str]) -> None:
     assert path.stat().st_size == size
     assert again.table().cells() == found.cells()
     assert "trace" not in vars(again.costs)  # nothing was costed either
+    again.clock(console, rounds=1)
+    clocked = Study(task, Results(path), again.labels).table()
+    assert clocked.clocked
+    assert all(line.measured_seconds == line.step_seconds * line.runs[0].steps > 0 for line in clocked.lines)
     page = report.write_page(task, found, folder, first.missing)
     text = page.read_text()
     assert all(f"| {label} |" in text for label in ran)
@@ -124,7 +128,8 @@ def test_segmentation_in_short(segmentation: Task, tmp_path: Path):
 def finished(row: str = "everything", rate: float = 0.1, seed: int = 0, validation: float = 0.5) -> Finished:
     return Finished(
         study="sentiment", setting="here", row=row, rate=rate, seed=seed, validation=validation,
-        scores={"accuracy": validation}, measured_seconds=2.0, predicted_seconds=1.0, share=0.5, trained=3, names=["a"],
+        scores={"accuracy": validation}, measured_seconds=2.0, predicted_seconds=1.0, share=0.5, steps=4,
+        trained=3, names=["a"],
     )  # fmt: skip
 
 

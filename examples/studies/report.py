@@ -28,11 +28,15 @@ COLOURS = {  # of Okabe and Ito, which people who see few colours tell apart
 
 @dataclass(frozen=True)
 class Line:
-    """One row: means over seeds, and standard errors of the means (None for a single seed)."""
+    """One row: means over seeds, and standard errors of the means (None for a single seed).
+
+    Where the rows were clocked side by side (``step_seconds``), seconds are those of the first seed's subset.
+    """
 
     label: str
     rate: float
     runs: list[Finished]
+    step_seconds: float | None = None
 
     def of(self, score: str) -> tuple[float, float | None]:
         """Mean and standard error."""
@@ -40,15 +44,22 @@ class Line:
 
     @property
     def measured_seconds(self) -> float:
+        if self.step_seconds is not None:
+            return self.step_seconds * self.runs[0].steps
         return statistics.mean(run.measured_seconds for run in self.runs)
 
     @property
     def predicted_seconds(self) -> float:
-        return statistics.mean(run.predicted_seconds for run in self.runs)
+        return statistics.mean(run.predicted_seconds for run in self._timed)
 
     @property
     def share(self) -> float:
-        return statistics.mean(run.share for run in self.runs)
+        return statistics.mean(run.share for run in self._timed)
+
+    @property
+    def _timed(self) -> list[Finished]:
+        """The runs whose subsets the measured seconds are of."""
+        return self.runs if self.step_seconds is None else self.runs[:1]
 
     @property
     def trained(self) -> float:
@@ -79,6 +90,10 @@ class Table:
         """The metric, then what else there is."""
         found = dict.fromkeys(name for line in self.lines for run in line.runs for name in run.scores)
         return sorted(found, key=lambda name: name != self.task.metric)
+
+    @property
+    def clocked(self) -> bool:
+        return all(line.step_seconds is not None for line in self.lines)
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Headings and cells as text."""
@@ -124,7 +139,7 @@ def table(task: Task, results: Results, setting: str, labels: Sequence[str]) -> 
         if set(task.settings.rates) <= tried:
             best = best_rate(runs, first)
             chosen = [run for run in runs if run.rate == best and run.seed in task.settings.seeds]
-            lines.append(Line(label, best, sorted(chosen, key=lambda run: run.seed)))
+            lines.append(Line(label, best, sorted(chosen, key=lambda run: run.seed), results.clocked.get(label)))
         if not lines or lines[-1].label != label or len(lines[-1].runs) < len(task.settings.seeds):
             waiting.append(label)
     return Table(task, setting, lines, waiting)
@@ -178,8 +193,9 @@ def write_page(task: Task, found: Table, folder: Path, missing: dict[str, str]) 
         f"Written by `python -m examples.studies.{task.name} --write`, which runs it: {found.setting}; rates "
         f"{', '.join(f'{rate:g}' for rate in task.settings.rates)}, the best by the validation examples and the first "
         f"seed; {', '.join(f'{name} {number}' for name, number in versions.items())}. Seconds are those of all "
-        "training steps, optimizer included: processor time with one thread. ± is the standard error of the mean over "
-        "seeds.",
+        "training steps, optimizer included: processor time with one thread"
+        + (", each row's steps taken by turns with the others' (`--clock`)" if found.clocked else "")
+        + ". ± is the standard error of the mean over seeds.",
         "",
         found.markdown(),
         "",

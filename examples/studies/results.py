@@ -17,7 +17,7 @@ class Finished:
         setting: what else decides the outcome (epochs, number of examples ...): runs of another are not mixed in.
         validation: the last of ``validated``, which rates are chosen by.
         scores: on held-out examples.
-        measured_seconds, predicted_seconds: of all training steps; ``share``: predicted, of full training's.
+        measured_seconds, predicted_seconds: of all ``steps``; ``share``: predicted, of full training's.
         names: what trained.
         losses: the mean training loss of each epoch.
         looked, training, validated: epochs, and the scores of training and validation examples after them.
@@ -33,6 +33,7 @@ class Finished:
     measured_seconds: float
     predicted_seconds: float
     share: float
+    steps: int
     trained: int
     names: list[str]
     losses: list[float] = field(default_factory=list)
@@ -47,10 +48,18 @@ class Finished:
 
 
 class Results:
-    """The runs in a file. One that is added is on disk when `add` returns."""
+    """The runs in a file. One that is added is on disk when `add` returns.
+
+    Attributes:
+        clocked: row -> seconds of a step, of the first seed's, taken side by side; kept in a second file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._clock_path = path.with_suffix(".seconds.json")
+        self.clocked: dict[str, float] = (
+            json.loads(self._clock_path.read_text(encoding="utf-8")) if self._clock_path.exists() else {}
+        )
         self._runs = {run.key: run for run in _read(path)}
 
     def add(self, run: Finished) -> None:
@@ -58,6 +67,11 @@ class Results:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(run)) + "\n")
         self._runs[run.key] = run
+
+    def clock(self, seconds: dict[str, float]) -> None:
+        """Keep seconds of a step by row."""
+        self.clocked |= seconds
+        self._clock_path.write_text(json.dumps(self.clocked, indent=1) + "\n", encoding="utf-8")
 
     def get(self, study: str, setting: str, row: str, rate: float, seed: int) -> Finished | None:
         return self._runs.get((study, setting, row, rate, seed))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import platform
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 from torch import nn
 
 import frostline as fl
@@ -26,6 +27,7 @@ from examples.studies.task import Task
 from examples.studies.training import adapt
 
 ROOT = Path(__file__).parents[2]
+WARM_UP = 2  # steps of a turn that are not clocked
 
 
 @dataclass
@@ -43,7 +45,11 @@ class Study:
         self.missing: dict[str, str] = {}
         self.costs = Costs(self.task, self.task.fresh(self.task.settings.seeds[0]))
         self._lora_costs: Costs | None = None
-        self._chosen: dict[tuple[str, int], list[str]] = {}
+        self._chosen: dict[tuple[str, int], list[str]] = {
+            (run.row, run.seed): run.names
+            for label in self.labels
+            for run in self.results.of(self.task.name, self.setting, label)
+        }
 
     @property
     def setting(self) -> str:
@@ -87,6 +93,17 @@ class Study:
                     self.missing[label] = str(error)
                     console.print(f"left out: {label}, because {error}")
 
+    def clock(self, console: Console, rounds: int = 3) -> None:
+        """Take the seconds of a step of every row, turn by turn: runs that end up hours apart meet other conditions."""
+        first = self.task.settings.seeds[0]
+        taken: dict[str, list[float]] = {label: [] for label in self.labels if label not in self.missing}
+        for number in track(range(rounds * len(taken)), "seconds, turn by turn", console=console):
+            label = list(taken)[number % len(taken)]
+            model, names, _ = self._prepare(rows(self.task)[label], first)
+            trained = adapt(self.task, model, names, self.task.settings.rates[0], first, epochs=1)
+            taken[label] += trained.step_seconds[WARM_UP:] or trained.step_seconds
+        self.results.clock({label: statistics.median(seconds) for label, seconds in taken.items()})
+
     def _prepare(self, row: Row, seed: int) -> tuple[nn.Module, list[str], Costs]:
         if row.choose is not None:
             if (row.label, seed) not in self._chosen:
@@ -119,6 +136,7 @@ class Study:
             measured_seconds=trained.seconds,
             predicted_seconds=seconds * trained.steps,
             share=seconds / self.costs.full_seconds,
+            steps=trained.steps,
             trained=sum(model.get_parameter(name).numel() for name in names),
             names=names,
             losses=trained.losses,
@@ -157,6 +175,7 @@ def add_options(parser: argparse.ArgumentParser, task: Task) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch's operators (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / f"{task.name}_study.jsonl")
     parser.add_argument("--layers", action="store_true", help="show each layer of the first step, and run nothing")
+    parser.add_argument("--clock", action="store_true", help="afterwards take every row's seconds again, turn by turn")
     parser.add_argument("--only-table", action="store_true", help="run nothing: show what is finished")
     parser.add_argument("--write", action="store_true", help="write docs/ with the table and the plots")
 
@@ -177,6 +196,8 @@ def run(task: Task, asked: argparse.Namespace) -> None:
     study = Study(task, Results(asked.results), asked.rows or list(rows(task)))
     if not asked.only_table:
         study.run(console)
+    if asked.clock:
+        study.clock(console)
     found = study.table()
     console.print(found.rich())
     if asked.write:

@@ -22,17 +22,24 @@ class Trained:
     """What training took, and how it went.
 
     Attributes:
-        seconds: of all steps, optimizer included: processor time with one thread, else by the wall clock.
+        step_seconds: of each step, optimizer included: processor time with one thread, else by the wall clock.
         losses: the mean training loss of each epoch.
         looked: the epochs after which `Task.score` was taken, of the ``training`` and the ``validation`` examples.
     """
 
-    seconds: float = 0.0
-    steps: int = 0
+    step_seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     looked: list[int] = field(default_factory=list)
     training: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.step_seconds)
+
+    @property
+    def steps(self) -> int:
+        return len(self.step_seconds)
 
 
 def adapt(
@@ -72,8 +79,7 @@ def adapt(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                trained.seconds += clock() - start
-                trained.steps += 1
+                trained.step_seconds.append(clock() - start)
                 losses.append(loss.item())
                 if progress is not None:
                     progress(trained.steps, total)

@@ -1,7 +1,8 @@
 """One op, run alone on real tensors: how long it takes, and what its kernel takes for itself.
 
 Tensors are made up with the shapes, strides and dtypes of the trace. Inputs are rotated through more memory than the
-caches hold, as a step's are by the time an op comes to them.
+caches hold, as a step's are by the time an op comes to them. Before a call that is long enough to be timed alone other
+memory is read as well: a kernel's scratch is no longer in the caches either when a step comes to its next use.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _FEW_SETS = 16  # where each takes memory of its own
 _ENOUGH = 0.06  # seconds of calls to collect for one op
 _LONG = 1.5  # seconds: what takes this long is not run again only to be sure
 MOST_SAMPLES = 25
+_BETWEEN_BYTES = 28 << 20  # that a step's other ops touch until the same scratch memory is used again
+_COOLED_SAMPLES = 9  # reading that much takes longer than most calls
 _LEFT_BY_FORWARD = ("workspace", "reserve")  # arguments that a kernel trusts to be what its forward left for it
 _SHORT = 2e-4  # seconds; calls shorter than this are timed several at a time
 
@@ -109,9 +112,9 @@ class Stopwatch:
             return failed(f"reads a {left[0]} that only its forward can make")
         with torch.set_grad_enabled(work.grad_enabled), torch.random.fork_rng(devices=[]):
             try:
-                scratch = self._scratch(_rotating(work, once=True))
-                call = _rotating(work)
-                samples = self._samples(call)
+                scratch = self._scratch(work)
+                rotation = _Rotation(work)
+                samples = self._samples(rotation, None if self._on_accelerator else rotation.cool)
             except Exception as error:  # made-up values that a kernel refuses; no memory
                 return failed(reason(error))
         return _summary(samples, scratch)
@@ -121,12 +124,17 @@ class Stopwatch:
         samples = [sample / parts for sample in self._samples(call)]
         return _summary(samples, 0)
 
-    def _samples(self, call: Callable[[], Any]) -> list[float]:
+    def _samples(self, call: Callable[[], Any], cool: Callable[[], Any] | None = None) -> list[float]:
+        """Seconds of a call, several times; ``cool`` is done, off the clock, before each that is timed alone."""
         once = self._timed(call, 1)
         at_a_time = max(1, min(50, int(_SHORT / max(once, 1e-7))))
         samples: list[float] = [once] if once > _LONG else []
         spent = sum(samples)
-        while len(samples) < MOST_SAMPLES and (spent < _ENOUGH or (len(samples) < 3 and spent < _LONG)):
+        cools = cool is not None and at_a_time == 1
+        most = min(MOST_SAMPLES, _COOLED_SAMPLES) if cools else MOST_SAMPLES
+        while len(samples) < most and (spent < _ENOUGH or (len(samples) < 3 and spent < _LONG)):
+            if cool is not None and cools:
+                cool()
             seconds = self._timed(call, at_a_time)
             samples.append(seconds / at_a_time)
             spent += seconds
@@ -140,9 +148,10 @@ class Stopwatch:
             call()
         return self.clock() - start
 
-    def _scratch(self, call: Callable[[], Any]) -> int:
+    def _scratch(self, work: Work) -> int:
         """Bytes the kernel held at most, beyond what it returned."""
-        return self.with_scratch(call)[1]
+        args, kwargs = _Inputs(work).take(work)
+        return self.with_scratch(lambda: work.op(*args, **kwargs))[1]
 
     def with_scratch(self, call: Callable[[], Any]) -> tuple[Any, int]:
         """What ``call`` returns, and the bytes it held at most beyond that."""
@@ -229,35 +238,35 @@ def _timed_by_events(call: Callable[[], Any], times: int, device: torch.device) 
     return float(begin.elapsed_time(end)) / 1000
 
 
-def _rotating(work: Work, *, once: bool = False) -> Callable[[], Any]:
-    """A call of ``work`` that takes the next set of inputs each time, and keeps its last results for a while, so that a
-    result lies in memory that was in use before, but not just now.
-
-    Args:
-        once: it is to be called once only, and returns what the op does.
+class _Rotation:
+    """Calls of ``work``, each with the next set of inputs. The last results are kept for a while, so that a result lies
+    in memory that was in use before, but not just now.
     """
-    made = _Inputs(work)
-    if once:
-        args, kwargs = made.take(work)
-        return lambda: work.op(*args, **kwargs)
-    sets = max(1, min(_MOST_SETS if made.cheap else _FEW_SETS, ROTATED_BYTES // max(work.nbytes(near=False), 1)))
-    rotated = deque(made.take(work) for _ in range(sets))
-    op = work.op
-    args, kwargs = rotated[0]
-    first = op(*args, **kwargs)
-    strided = [tensor for tensor in tensors_in(first) if tensor.layout is torch.strided]
-    results = sum(tensor.untyped_storage().nbytes() for tensor in strided) if not made.writes else 0
-    ring: deque[Any] = deque(maxlen=min(_MOST_SETS, ROTATED_BYTES // (2 * max(results, 1))))
-    del first
 
-    def call() -> Any:
-        args, kwargs = rotated[0]
-        rotated.rotate(-1)
-        ring.append(op(*args, **kwargs))
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        made = _Inputs(work)
+        sets = max(1, min(_MOST_SETS if made.cheap else _FEW_SETS, ROTATED_BYTES // max(work.nbytes(near=False), 1)))
+        self._rotated = deque(made.take(work) for _ in range(sets))
+        args, kwargs = self._rotated[0]
+        strided = [each for each in tensors_in(work.op(*args, **kwargs)) if each.layout is torch.strided]
+        results = sum(each.untyped_storage().nbytes() for each in strided) if not made.writes else 0
+        del strided
+        self._kept: deque[Any] = deque(maxlen=min(_MOST_SETS, ROTATED_BYTES // (2 * max(results, 1))))
+        for _ in range(self._kept.maxlen or 0):
+            self()
 
-    for _ in range(len(ring), ring.maxlen or 0):
-        call()
-    return call
+    def __call__(self) -> None:
+        args, kwargs = self._rotated[0]
+        self._rotated.rotate(-1)
+        self._kept.append(self._work.op(*args, **kwargs))
+
+    def cool(self) -> None:
+        """Read what other ops would; then let the caches hold what is near of the next call's."""
+        _elsewhere(min(_BETWEEN_BYTES, ROTATED_BYTES)).sum()
+        for number, tensor in enumerate(tensors_in(self._rotated[0])):
+            if number in self._work.near and tensor.layout is torch.strided:
+                tensor.clone()
 
 
 class _Inputs:
@@ -323,6 +332,12 @@ def _arena(dtype: torch.dtype, device: str, nbytes: int) -> Tensor:
     """Random numbers between -1 and 1, more than the caches hold. Kept: fresh memory costs more than most ops."""
     drawn = torch.empty(1 << 18, device=device).uniform_(-1, 1).to(dtype)
     return drawn.repeat(max(1, nbytes // drawn.nbytes))
+
+
+@functools.lru_cache(maxsize=1)
+def _elsewhere(nbytes: int) -> Tensor:
+    """Memory that nothing else uses."""
+    return torch.ones(nbytes // 8, dtype=torch.int64)
 
 
 def _index_bound(work: Work) -> int:

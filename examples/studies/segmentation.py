@@ -22,7 +22,7 @@ from examples.studies.task import Batch, Settings, Task, cache_folder
 from examples.studies.training import source_trained
 
 BATCH = 5
-SETTINGS = Settings(epochs=24, rates=(5e-4, 2e-3, 1e-2, 5e-2), seeds=(0, 1, 2), points=6)
+SETTINGS = Settings(epochs=16, rates=(5e-4, 3e-3, 2e-2), seeds=(0, 1, 2), points=4)
 SHORT = Settings(epochs=1, rates=(5e-4,), seeds=(0,), points=1)
 
 

@@ -23,7 +23,7 @@ from examples.studies.training import source_trained
 
 TOKENS = 48
 BATCH = 30
-SETTINGS = Settings(epochs=6, rates=(5e-5, 2e-4, 1e-3, 5e-3), seeds=(0, 1, 2))
+SETTINGS = Settings(epochs=4, rates=(1e-4, 5e-4, 3e-3), seeds=(0, 1, 2), points=2)
 SHORT = Settings(epochs=1, rates=(2e-4,), seeds=(0,), points=1)
 
 

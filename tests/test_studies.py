@@ -100,7 +100,10 @@ def assert_study_runs(task: Task, folder: Path, fixed: list[str]) -> None:
     again.clock(console, rounds=1)
     clocked = Study(task, Results(path), again.labels).table()
     assert clocked.clocked
-    assert all(line.measured_seconds == line.step_seconds * line.runs[0].steps > 0 for line in clocked.lines)
+    for line in clocked.lines:
+        assert line.clocked is not None
+        assert [line.measured_seconds, line.predicted_seconds] == [s * line.runs[0].steps for s in line.clocked]
+        assert min(line.clocked) > 0
     page = report.write_page(task, found, folder, first.missing)
     text = page.read_text()
     assert all(f"| {label} |" in text for label in ran)

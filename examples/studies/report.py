@@ -30,13 +30,14 @@ COLOURS = {  # of Okabe and Ito, which people who see few colours tell apart
 class Line:
     """One row: means over seeds, and standard errors of the means (None for a single seed).
 
-    Where the rows were clocked side by side (``step_seconds``), seconds are those of the first seed's subset.
+    ``clocked``: seconds of a step of the first seed's subset, measured side by side with other rows, and predicted;
+    where they are known, all seconds are theirs.
     """
 
     label: str
     rate: float
     runs: list[Finished]
-    step_seconds: float | None = None
+    clocked: tuple[float, float] | None = None
 
     def of(self, score: str) -> tuple[float, float | None]:
         """Mean and standard error."""
@@ -44,22 +45,19 @@ class Line:
 
     @property
     def measured_seconds(self) -> float:
-        if self.step_seconds is not None:
-            return self.step_seconds * self.runs[0].steps
+        if self.clocked is not None:
+            return self.clocked[0] * self.runs[0].steps
         return statistics.mean(run.measured_seconds for run in self.runs)
 
     @property
     def predicted_seconds(self) -> float:
-        return statistics.mean(run.predicted_seconds for run in self._timed)
+        if self.clocked is not None:
+            return self.clocked[1] * self.runs[0].steps
+        return statistics.mean(run.predicted_seconds for run in self.runs)
 
     @property
     def share(self) -> float:
-        return statistics.mean(run.share for run in self._timed)
-
-    @property
-    def _timed(self) -> list[Finished]:
-        """The runs whose subsets the measured seconds are of."""
-        return self.runs if self.step_seconds is None else self.runs[:1]
+        return statistics.mean(run.share for run in self.runs)
 
     @property
     def trained(self) -> float:
@@ -93,7 +91,7 @@ class Table:
 
     @property
     def clocked(self) -> bool:
-        return all(line.step_seconds is not None for line in self.lines)
+        return all(line.clocked is not None for line in self.lines)
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Headings and cells as text."""

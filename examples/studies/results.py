@@ -51,13 +51,13 @@ class Results:
     """The runs in a file. One that is added is on disk when `add` returns.
 
     Attributes:
-        clocked: row -> seconds of a step, of the first seed's, taken side by side; kept in a second file.
+        clocked: row -> seconds of a step of the first seed, measured side by side and predicted; in a second file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._clock_path = path.with_suffix(".seconds.json")
-        self.clocked: dict[str, float] = (
+        self.clocked: dict[str, tuple[float, float]] = (
             json.loads(self._clock_path.read_text(encoding="utf-8")) if self._clock_path.exists() else {}
         )
         self._runs = {run.key: run for run in _read(path)}
@@ -68,8 +68,8 @@ class Results:
             file.write(json.dumps(asdict(run)) + "\n")
         self._runs[run.key] = run
 
-    def clock(self, seconds: dict[str, float]) -> None:
-        """Keep seconds of a step by row."""
+    def clock(self, seconds: dict[str, tuple[float, float]]) -> None:
+        """Keep seconds of a step by row: measured and predicted."""
         self.clocked |= seconds
         self._clock_path.write_text(json.dumps(self.clocked, indent=1) + "\n", encoding="utf-8")
 

@@ -96,13 +96,15 @@ class Study:
     def clock(self, console: Console, rounds: int = 3) -> None:
         """Take the seconds of a step of every row, turn by turn: runs that end up hours apart meet other conditions."""
         first = self.task.settings.seeds[0]
-        taken: dict[str, list[float]] = {label: [] for label in self.labels if label not in self.missing}
-        for number in track(range(rounds * len(taken)), "seconds, turn by turn", console=console):
-            label = list(taken)[number % len(taken)]
-            model, names, _ = self._prepare(rows(self.task)[label], first)
+        labels = [label for label in self.labels if self.results.of(self.task.name, self.setting, label)]
+        measured: dict[str, list[float]] = {label: [] for label in labels}
+        predicted: dict[str, float] = {}
+        for label in track(labels * rounds, "seconds, turn by turn", console=console):
+            model, names, costs = self._prepare(rows(self.task)[label], first)
+            predicted[label] = costs.seconds(names)
             trained = adapt(self.task, model, names, self.task.settings.rates[0], first, epochs=1)
-            taken[label] += trained.step_seconds[WARM_UP:] or trained.step_seconds
-        self.results.clock({label: statistics.median(seconds) for label, seconds in taken.items()})
+            measured[label] += trained.step_seconds[WARM_UP:] or trained.step_seconds
+        self.results.clock({label: (statistics.median(measured[label]), predicted[label]) for label in labels})
 
     def _prepare(self, row: Row, seed: int) -> tuple[nn.Module, list[str], Costs]:
         if row.choose is not None:

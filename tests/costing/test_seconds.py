@@ -17,6 +17,8 @@ from frostline.costing.engine import masks
 from frostline.costing.optimizers import optimizer_model
 from frostline.costing.overhead import Overhead
 from frostline.costing.seconds import PARTS, Clockwork
+from frostline.kernels import activation, dropout
+from frostline.kernels.bits import pack_bits
 from frostline.probing import stopwatch
 from frostline.probing.timings import Timings
 from frostline.tracing.calls import is_view
@@ -199,3 +201,32 @@ def test_memory_from_the_system_is_paid_for_the_largest_blocks_alone() -> None:
     nbytes = 2 * model[0].weight.nbytes
     assert paid.optimizer - free.optimizer == pytest.approx(2 * nbytes, abs=1)
     assert paid.grad_weight - free.grad_weight == pytest.approx(nbytes, abs=1)
+
+
+@pytest.mark.parametrize("train", ["@all", "0", "6.bias", "@head"])
+def test_packing_takes_time_for_what_a_run_packs(monkeypatch: pytest.MonkeyPatch, train: str) -> None:
+    """A ReLU before a linear layer that trains is kept as it is, and one before a frozen layer as bits."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Hardtanh(0, 6, inplace=True), nn.Dropout(0.3),
+        nn.Flatten(), nn.Linear(16, 8), nn.ReLU6(), nn.Linear(8, 2),
+    )  # fmt: skip
+    x = torch.randn(5, 3, 6, 6)
+    trace = fl.trace(model, x, loss="sum")
+    packed: list[int] = []
+
+    def counting(tensor: torch.Tensor, condition: Any) -> torch.Tensor:
+        packed.append(tensor.numel())
+        return pack_bits(tensor, condition)
+
+    cost = trace.cost(train, method="train-only")
+    ledger = cost._flags[0]
+    clockwork = Clockwork(ledger, Timings(torch.device("cpu")), Overhead(0.0, 0.0, packing=1.0))
+    with fl.train_only(model, train=train):
+        model(x).sum().backward()  # (whatever the first step finds out)
+        for module in (activation, dropout):
+            monkeypatch.setattr(module, "pack_bits", counting)
+        model(x).sum().backward()
+    assert clockwork.packing(cost._sums.held) == sum(packed)
+    frozen = trace.cost(train)
+    plain = Clockwork(frozen._flags[0], clockwork.timings, clockwork.overhead)
+    assert plain.packing(frozen._sums.held) == 0

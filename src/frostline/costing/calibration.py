@@ -16,6 +16,7 @@ from frostline.costing.overhead import (
     NONE,
     Overhead,
     measured_fresh,
+    measured_packing,
     measured_phases,
     settle_allocator,
     tiny,
@@ -119,4 +120,5 @@ def _overhead(device: torch.device, timings: Timings, clock: Callable[[], float]
         max(_LEAST, (backward - alone.grad_input - alone.grad_weight) / alone.backward_ops),
         optimizing,
         measured_fresh(device, clock),
+        measured_packing(device, clock),
     )

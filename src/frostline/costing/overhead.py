@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from frostline.kernels.bits import pack_bits
+
 _LAYERS = 32
 _STEPS = 30
 
@@ -22,13 +24,15 @@ class Overhead:
     """Seconds per op call, beyond what the same call takes alone; may be below 0, since C++ calls no Python.
 
     ``optimizer``: of a step, beside what it takes for each parameter. ``fresh``: per byte of memory that the system has
-    to bring, beyond what it takes to write to memory that is there.
+    to bring, beyond what it takes to write to memory that is there. ``packing``: per element that `frostline.kernels`
+    packs to a bit.
     """
 
     forward: float
     backward: float
     optimizer: float = 0.0
     fresh: float = 0.0
+    packing: float = 0.0
 
     def of_step(self, forward_ops: int, backward_ops: int) -> float:
         """Seconds of a step that runs so many."""
@@ -90,6 +94,19 @@ def measured_fresh(device: torch.device, clock: Callable[[], float] = time.perf_
         times.append(clock())
         seen.append(times[1] - times[0] - (times[2] - times[1]))
     return max(0.0, statistics.median(seen)) / nbytes
+
+
+def measured_packing(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds per element that is packed to a bit; 0 on an accelerator, where it is little."""
+    if device.type != "cpu":
+        return 0.0
+    result = torch.zeros(1 << 22)
+    seen: list[float] = []
+    for _ in range(5):
+        start = clock()
+        pack_bits(result, lambda value: value > 0)
+        seen.append(clock() - start)
+    return statistics.median(seen) / result.numel()
 
 
 def measured_phases(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float, float]:

@@ -65,7 +65,8 @@ def seconds(cost: Cost) -> StepSeconds | None:
     ledger, forward, backward = cost._flags
     clockwork = trace._coster_for(cost.method).clockwork(ledger)
     trained, kept = ([trace.parameter_list[n] for n in numbers] for numbers in _with_gradient(cost))
-    found: StepSeconds = clockwork.step(forward, backward, trained, kept, optimizer_model(cost._optimizer))
+    optimizer = optimizer_model(cost._optimizer)
+    found: StepSeconds = clockwork.step(forward, backward, trained, kept, optimizer, cost._sums.held)
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from frostline.costing.engine import Group, Ledger, State, masks
-from frostline.costing.entry import backward_flops
+from frostline.costing.entry import backward_flops, numbers_in
 from frostline.costing.optimizers import OptimizerModel
 from frostline.costing.overhead import LARGEST_KEPT, Overhead
 from frostline.costing.rerun import Rerun
@@ -139,7 +139,7 @@ class Clockwork:
 
     def step(
         self, forward_flags: int, backward_flags: int | None, trained: Sequence[torch.Tensor],
-        kept: Iterable[torch.Tensor], optimizer: OptimizerModel,
+        kept: Iterable[torch.Tensor], optimizer: OptimizerModel, held: int = 0,
     ) -> StepSeconds:  # fmt: skip
         """Seconds of one step.
 
@@ -147,6 +147,7 @@ class Clockwork:
             forward_flags, backward_flags: see `frostline.costing.engine.Ledger.evaluate`.
             trained: the parameters the optimizer steps.
             kept: those that get a gradient which nobody clears.
+            held: the storages (bits) that autograd keeps.
         """
         total = self.tally(forward_flags, backward_flags)
         joins = self._meeting(forward_flags if backward_flags is None else backward_flags)
@@ -156,9 +157,25 @@ class Clockwork:
         optimizing += self.overhead.fresh * sum(p.nbytes * optimizer.num_temporaries(p) for p in fresh)
         adding += self.overhead.fresh * sum(p.nbytes for p in fresh)
         overhead = self.overhead.of_step(total.forward_ops, total.backward_ops)
-        parts = (total.forward, total.grad_input + joins, total.grad_weight + adding, total.recompute, optimizing)
+        forward = total.forward + self.packing(held)
+        parts = (forward, total.grad_input + joins, total.grad_weight + adding, total.recompute, optimizing)
         uncertainty = total.spread + MODEL_ERROR * (sum(parts) + overhead)
         return StepSeconds(*parts, overhead, uncertainty, dict(self.unknown))
+
+    def packing(self, held: int) -> float:
+        """Seconds of packing what a run of `frostline.train_only` keeps packed."""
+        by_storage = self.of_storages()
+        known = len(by_storage)
+        return sum(by_storage[number] for number in numbers_in(held) if number < known)
+
+    def of_storages(self) -> list[float]:
+        """Seconds of making what is kept, by storage: of packing, and nothing for what is there anyway."""
+        ledger = self.ledger
+        if isinstance(ledger, Rerun) or not self.overhead.packing:
+            return []
+        known = len(ledger.storage_bytes) - len(ledger.makers)
+        made = zip(ledger.makers, ledger.storage_bytes[known:], strict=True)
+        return [0.0] * known + [self.overhead.packing * _packed(unit) if nbytes else 0.0 for unit, nbytes in made]
 
     def _largest(self, trained: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The parameters for which a gradient, or a temporary of the optimizer's, is memory from the system each time.
@@ -431,3 +448,9 @@ def _shares(op: RanOp) -> tuple[float, float]:
 def _meta(tensor: torch.Tensor) -> TensorMeta:
     device = "cpu" if tensor.device.type == "meta" else str(tensor.device)
     return TensorMeta(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, device)
+
+
+def _packed(unit: Unit) -> int:
+    """Elements that are packed if a call keeps something that is neither its input nor its output."""
+    call = unit.call
+    return unit.outputs[0].meta.numel if call.replaced and call.kind in ("op", "torch") and unit.outputs else 0

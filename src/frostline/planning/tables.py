@@ -175,6 +175,7 @@ class Tabulator:
         owned["step_seconds"] = steps
         constants["step_seconds"] = clockwork.of_nothing()
         found.largest = {"step_seconds": largest}
+        found.stored = {**found.stored, "step_seconds": clockwork.of_storages()}
 
 
 def _outcome(entry: Entry, figures: set[str]) -> Outcome:

@@ -68,6 +68,20 @@ class Reader(nn.Module):
         return logits
 
 
+class Tied(nn.Module):
+    """The gradients of embedding and head meet; to the first, which is a view, autograd adds nothing in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.middle = nn.Embedding(3000, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 3000, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.middle(self.embedding(ids)))
+        return logits
+
+
 def built(make: Callable[[], tuple[nn.Module, Tensor]]) -> Case:
     def build() -> Case:
         torch.manual_seed(0)
@@ -82,6 +96,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "checkpointed": lambda: (Encoder(checkpointed=True), torch.randint(0, 500, (8, 48))),
     "cnn": lambda: (Stages(), torch.randn(4, 3, 48, 48)),
     "lstm": lambda: (Reader(), torch.randint(0, 300, (32, 16))),
+    "tied": lambda: (Tied(), torch.randint(0, 3000, (1, 8))),
     "mlp": lambda: (nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64)), torch.randn(128, 64)),
 }
 ALLOWED = {"cnn": 0.03}  # else 0.01

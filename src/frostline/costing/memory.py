@@ -37,19 +37,20 @@ class _Script:
     runs: bool  # False: what is asked for needs nothing of it, and it is never run
     peak: int  # bytes that it makes, at most at a time
     scratch: int  # of them, what a kernel takes for itself at that moment
-    gives: tuple[tuple[int, int, int | None, int, int, bool], ...]  # where each gradient lands, then of `Gradient`
+    gives: tuple[tuple[int, int, int | None, int, int, bool, bool], ...]  # where it lands, then of `Gradient`
     holds: tuple[int, ...]  # storages, if anything does
     inside: tuple[tuple[int, int], ...]  # where what the forward runs depends on the flags: (op, bytes besides)
 
 
 class _Gradient:
-    """A storage that gradients lie in: its bytes, and how many wait in it."""
+    """A storage that gradients lie in: its bytes, how many wait in it, whether one of them is a view."""
 
-    __slots__ = ("nbytes", "users")
+    __slots__ = ("nbytes", "users", "viewed")
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.users = 0
+        self.viewed = False
 
 
 class Simulation:
@@ -134,9 +135,8 @@ class Simulation:
             if edge is None or edge not in landings:
                 continue
             owner, number = landings[edge]
-            gives.append(
-                (owner, number, gradient.given, gradient.storage, self.rounded(gradient.nbytes), gradient.fits)
-            )
+            lies = (gradient.given, gradient.storage, self.rounded(gradient.nbytes), gradient.fits, gradient.view)
+            gives.append((owner, number, *lies))
         runs = bool(mask) and unit.held and (needed is None or bool(needed))
         own = self._own(unit, found.forward, holds)
         return _Script(unit, unit.call.index, runs, peak, inside, tuple(gives), holds, own)
@@ -217,12 +217,13 @@ class Simulation:
             taken = waiting.pop(script.index, {})
             made: dict[int, _Gradient] = {}
             given: list[_Gradient] = []
-            for _, _, source, storage, nbytes, _ in script.gives:
+            for _, _, source, storage, nbytes, _, view in script.gives:
                 lies = taken.get(source) if source is not None else made.get(storage)
                 if lies is None:
                     lies = made[storage] = _Gradient(nbytes)
                     level += nbytes
                 lies.users += 1
+                lies.viewed = lies.viewed or view
                 given.append(lies)
             for lies in taken.values():
                 lies.users -= 1
@@ -236,13 +237,13 @@ class Simulation:
                     size = int(sizes[storage])
                     level -= size
                     saved -= size
-            for (owner, number, _, _, _, fits), lies in zip(script.gives, given, strict=True):
+            for (owner, number, _, _, _, fits, _), lies in zip(script.gives, given, strict=True):
                 place = (owner, number) if owner >= 0 else (-2 - number, 0)
                 others = waiting.setdefault(place[0], {})
                 other = others.get(place[1])
                 if other is None:
                     others[place[1]] = other = lies
-                elif other.users == 1:  # added to where it lies
+                elif other.users == 1 and not other.viewed:  # added to where it lies
                     lies.users -= 1
                     level -= 0 if lies.users else lies.nbytes
                 else:

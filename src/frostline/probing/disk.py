@@ -85,14 +85,14 @@ def dump(found: Probe) -> str:
     """A probe as JSON. Raises TypeError if it holds what JSON cannot bring back."""
     held = [[h.kind, h.index, h.nbytes, h.secondary] for h in found.held]
     ops = [[_encode_op(op) for op in found.backward], [_encode_op(op) for op in found.forward]]
-    lie = [[g.index, g.given, g.storage, g.nbytes, g.fits, g.stride] for g in found.gradients]
+    lie = [[g.index, g.given, g.storage, g.nbytes, g.fits, g.stride, g.view] for g in found.gradients]
     return json.dumps([held, *ops, sorted(found.defined), list(found.sparse), found.refusal, found.confirmed, lie])
 
 
 def load(text: str) -> Probe:
     """The probe that `dump` wrote."""
     held, backward, forward, defined, sparse, refusal, confirmed, lie = json.loads(text)
-    gradients = (Gradient(i, given, storage, nbytes, fits, tuple(at)) for i, given, storage, nbytes, fits, at in lie)
+    gradients = tuple(Gradient(i, given, at, size, fits, tuple(s), view) for i, given, at, size, fits, s, view in lie)
     return Probe(
         held=tuple(Held(kind, index, nbytes, secondary) for kind, index, nbytes, secondary in held),
         backward=tuple(map(_decode_op, backward)),
@@ -101,7 +101,7 @@ def load(text: str) -> Probe:
         sparse=tuple((index, nbytes) for index, nbytes in sparse),
         refusal=refusal,
         confirmed=confirmed,
-        gradients=tuple(gradients),
+        gradients=gradients,
     )
 
 

@@ -52,6 +52,7 @@ class Gradient:
         nbytes: of that storage.
         fits: its strides are the input's, so that it can become a parameter's ``.grad`` as it is.
         stride: its strides; () of a sparse one.
+        view: it is a view, whose base keeps the storage as well: autograd adds nothing to it in place.
     """
 
     index: int
@@ -60,6 +61,7 @@ class Gradient:
     nbytes: int
     fits: bool
     stride: tuple[int, ...] = ()
+    view: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +249,8 @@ def _lies(index: int, gradient: Tensor, slot: Slot, origin: dict[int, int], reco
     stride = tuple(map(int, gradient.stride())) if gradient.layout is torch.strided else ()
     made = list(recording.alive)
     storage = made.index(key) if key in recording.alive else -1
-    return Gradient(
-        index, origin.get(key), storage, gradient.untyped_storage().nbytes(), stride == slot.meta.stride, stride
-    )
+    nbytes, fits = gradient.untyped_storage().nbytes(), stride == slot.meta.stride
+    return Gradient(index, origin.get(key), storage, nbytes, fits, stride, gradient._is_view())
 
 
 def probe_hook(stage: Stage, hook: TensorHook) -> tuple[RanOp, ...] | None:

@@ -19,7 +19,7 @@ import frostline as fl
 from examples.studies.task import Task
 from frostline.subsets import resolve
 
-KINDS = ("gradient_norm", "relative_gradient_norm", "taylor")
+KINDS = ("gradient_norm", "relative_gradient_norm", "taylor", "gradient_l1")
 
 
 class UnavailableError(Exception):

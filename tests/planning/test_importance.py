@@ -53,6 +53,8 @@ def by_hand(case: Case, kind: str) -> dict[str, float | None]:
             scores[name] = abs(float(np.sum(w * g)))
         elif kind == "gradient_norm":
             scores[name] = float(np.sqrt(np.sum(g * g)))
+        elif kind == "gradient_l1":
+            scores[name] = float(np.sum(np.abs(g)))
         else:
             size = float(np.sqrt(np.sum(w * w)))
             grows = float(np.sqrt(np.sum(g * g)))
@@ -118,6 +120,7 @@ def test_on_paper():
     by = {kind: fl.importance(model, batches, loss=lambda y: y.sum(), kind=kind) for kind in KINDS}
     assert by["taylor"].scores == {"weight": abs(3 - 8) + abs(12 - 12), "bias": 0.0}
     assert by["gradient_norm"].scores == pytest.approx({"weight": 5**0.5 + 5, "bias": 2.0})
+    assert by["gradient_l1"].scores == {"weight": 3 + 7, "bias": 2.0}
     relative = by["relative_gradient_norm"]
     assert relative.scores == pytest.approx({"weight": (5**0.5 + 5) / 5, "bias": (5**0.5 + 5) / 5})
     assert any("bias" in note and "all zeros" in note for note in relative.notes)
@@ -133,6 +136,7 @@ def test_a_tensor_of_many_pieces_and_odd_strides():
     truth = {
         "taylor": abs((weight.detach() * scale).sum().item()),
         "gradient_norm": scale.norm().item(),
+        "gradient_l1": scale.abs().sum().item(),
         "relative_gradient_norm": (scale.norm() / weight.detach().norm()).item(),
     }
     for kind, wanted in truth.items():

@@ -43,6 +43,7 @@ NAMED: dict[str, Callable[[Trace], Importance]] = {
     "size": by_size,
     "taylor": partial(by_gradients, "taylor"),
     "gradient_norm": partial(by_gradients, "gradient_norm"),
+    "gradient_l1": partial(by_gradients, "gradient_l1"),
     "relative_gradient_norm": partial(by_gradients, "relative_gradient_norm"),
 }
 

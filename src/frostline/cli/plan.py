@@ -63,7 +63,7 @@ def plan(
         typer.Option(
             metavar="FILE.json|MEASURE",
             help="What training each parameter is worth: a file of parameter name -> number, or taylor, gradient_norm, "
-            "relative_gradient_norm (one backward on what TARGET gives), or size.",
+            "gradient_l1, relative_gradient_norm (one backward on what TARGET gives), or size.",
         ),
     ] = None,
     always: Annotated[

@@ -21,7 +21,7 @@ from frostline.tracing.calls import tensors_in
 from frostline.tracing.environment import rng_state, set_rng_state
 from frostline.tracing.step import default_loss, map_tensors, split_inputs, sum_loss, wants_labels
 
-Kind = Literal["taylor", "gradient_norm", "relative_gradient_norm"]
+Kind = Literal["taylor", "gradient_norm", "gradient_l1", "relative_gradient_norm"]
 FORMAT = "frostline importance 1"
 
 
@@ -55,13 +55,17 @@ def importance(
     - ``"gradient_norm"``: ||g||, how steep the loss is along the tensor. Good at: finding where a small step of
       plain gradient descent helps most, zero weights and weights before a norm included. Bad at: different scales. It
       grows with a tensor's size and shrinks as its weights grow: it prefers large tensors, and those of small values.
+    - ``"gradient_l1"``: the sum of |g|, by how much the loss falls, to first order, if each element takes a step of
+      one size downhill, as under Adam at first. Source: Bernstein et al., "signSGD" (ICML 2018), descent in the
+      max norm. It adds up over tensors, as a plan does. Good at: what an optimizer of Adam's kin can gain soon. Bad at:
+      noise; where batches disagree, many small gradients count as if they did not.
     - ``"relative_gradient_norm"``: ||g|| / ||w||, the step's size in terms of what is there. Source: Lee et
       al., "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts" (ICLR 2023), Auto-RGN. Good at: finding the
       layers that a shift of the inputs asks to change, where a few layers are to be chosen. Bad at: tensors near zero,
       such as biases, whose score is large for that reason alone. All of a tensor zero has no finite score: it is given
       the largest of the others and named in a note.
 
-    All three know the loss near the present weights only, by the batches given, in the modes (train or eval) that the
+    All of them know the loss near the present weights only, by the batches given, in the modes (train or eval) that the
     modules are in.
 
     Args:
@@ -133,7 +137,7 @@ class Importance:
 
     Attributes:
         scores: by parameter name, in the model's order, a tied parameter under its first; none negative, none NaN.
-        kind: how they were measured: ``"taylor"``, ``"gradient_norm"`` or ``"relative_gradient_norm"``.
+        kind: how they were measured, such as ``"taylor"``.
         num_batches: how many batches were added up.
         model: the class of the model.
         mode: ``"train"``, ``"eval"`` or ``"mixed"``: the modes its modules were in.

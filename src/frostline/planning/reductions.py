@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from frostline.subsets.names import listed
 
-KINDS = ("taylor", "gradient_norm", "relative_gradient_norm")
+KINDS = ("taylor", "gradient_norm", "gradient_l1", "relative_gradient_norm")
 PIECE = 1 << 16  # elements that are widened to float64 at a time
 
 
@@ -25,7 +25,7 @@ class Reduction:
         """The scalar of one batch, on the gradient's device: the last step, `finish`, comes after the sum."""
         if self.kind == "taylor":
             return _dot(self.parameters[name].detach(), gradient).abs()
-        return _norm(gradient)
+        return _absolute_sum(gradient) if self.kind == "gradient_l1" else _norm(gradient)
 
     def weight_is_finite(self, name: str) -> bool:
         return math.isfinite(_norm(self.parameters[name].detach()).item())
@@ -48,10 +48,18 @@ class Reduction:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    if tensor.layout != torch.strided:
-        tensor = tensor.coalesce().values()  # an id that comes twice has one row in the gradient
-    squares = [piece.dot(piece) for (piece,) in _pieces(tensor)]
+    squares = [piece.dot(piece) for (piece,) in _pieces(_elements(tensor))]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def _absolute_sum(tensor: Tensor) -> Tensor:
+    sums = [piece.abs().sum() for (piece,) in _pieces(_elements(tensor))]
+    return torch.stack(sums).sum() if sums else torch.zeros(())
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    """Of a sparse tensor those that are there; an id that comes twice has one row in the gradient."""
+    return tensor if tensor.layout == torch.strided else tensor.coalesce().values()
 
 
 def _dot(weight: Tensor, gradient: Tensor) -> Tensor:

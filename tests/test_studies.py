@@ -71,7 +71,8 @@ def assert_study_runs(task: Task, folder: Path, fixed: list[str]) -> None:
     console = Console(file=io.StringIO())
     path = folder / "runs.jsonl"
     of_gradients = [label for label in rows.rows(task) if label.endswith("%, gradient_norm")]
-    labels = [*fixed, *of_gradients, "plan 80 %, relative_gradient_norm", "plan 80 %, taylor"]
+    with_last = f"plan 80 % with {next(iter(task.last))}, taylor"
+    labels = [*fixed, *of_gradients, "plan 80 %, relative_gradient_norm", "plan 80 %, taylor", with_last]
     first = Study(task, Results(path), labels)
     first.run(console)
     found = first.table()

@@ -86,6 +86,11 @@ def rows(task: Task) -> dict[str, Row]:
         found += [Row(f"peers' program {share} %, {kind}", "peers", _peer(share, kind)) for kind in KINDS[:1]]
     for share in task.shares:
         found += [Row(f"plan {share} %, {kind}", f"plan, {kind}", _plan(share, kind)) for kind in KINDS]
+    share, (label, last) = task.shares[0], next(iter(task.last.items()))
+    always = _pattern(last)
+    found += [
+        Row(f"plan {share} % with {label}, {kind}", f"plan, {kind}", _plan(share, kind, always)) for kind in KINDS[-3:]
+    ]
     return {row.label: row for row in found}
 
 
@@ -93,14 +98,19 @@ def _pattern(pattern: str | list[str]) -> Callable[[Costs, int], list[str]]:
     return lambda costs, seed: list(resolve(pattern, costs.model).names)
 
 
-def _plan(share: int, kind: str) -> Callable[[Costs, int], list[str]]:
+def _plan(
+    share: int, kind: str, always: Callable[[Costs, int], list[str]] = lambda costs, seed: []
+) -> Callable[[Costs, int], list[str]]:
     def choose(costs: Costs, seed: int) -> list[str]:
         plan = getattr(fl, "plan", None)
         if plan is None:
             raise UnavailableError("this frostline has no fl.plan")
         limit = share / 100 * costs.full_seconds
         try:
-            found = plan(costs.trace, {"step_seconds": limit}, costs.importance(kind, seed), method="train-only")
+            found = plan(
+                costs.trace, {"step_seconds": limit}, costs.importance(kind, seed), always=always(costs, seed),
+                method="train-only",
+            )  # fmt: skip
         except fl.FrostlineError as error:  # such as a budget that nothing meets
             raise UnavailableError(str(error)) from error
         return list(found.subset.names)

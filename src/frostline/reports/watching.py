@@ -12,7 +12,7 @@ from frostline.reports.table import Column, Table
 from frostline.reports.units import bytes_text, flops_text, percent, seconds_text, share
 from frostline.watching.finding import Figures, Finding, Level
 from frostline.watching.values import ValueFact
-from frostline.watching.watch import Watch, figures
+from frostline.watching.watch import Watch
 
 _STYLES = {Level.WRONG: "bold red", Level.WASTE: "bold yellow", Level.INFO: "bold"}
 
@@ -195,13 +195,9 @@ def watch_to_dict(watch: Watch) -> dict[str, Any]:
         ],
         "findings": [finding.to_dict() for finding in watch.findings],
         "who_trains": watch.who_trains(),
-        "now": _as_dict(figures(watch.now)),
-        "fixed": _as_dict(figures(watch.fixed)),
+        "now": None if watch.now is None else asdict(Figures.of(watch.now)),
+        "fixed": None if watch.fixed is None else asdict(watch.fixed),
         "values": [row.to_dict() for row in watch.values],
         "first_nonfinite": None if watch.first_nonfinite is None else watch.first_nonfinite.to_dict(),
         "notes": watch.notes,
     }
-
-
-def _as_dict(found: Figures | None) -> dict[str, Any] | None:
-    return None if found is None else asdict(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -39,6 +39,14 @@ class Figures:
             cost.step_seconds,
         )
 
+    def skipping(self, forward_flops: int) -> Figures:
+        """These, without a part of the forward."""
+        return replace(
+            self,
+            forward_flops=self.forward_flops - forward_flops,
+            step_flops=self.step_flops - forward_flops,
+        )
+
 
 @dataclass(frozen=True)
 class Fix:
@@ -72,7 +80,7 @@ class Finding:
         basis: how these figures are known.
         fix: what to do about it.
         fine: when it is no mistake.
-        freezes: ids of the parameters that the fix freezes.
+        freezes: ids of the parameters that the fix freezes. ``skips_flops``: what the forward no longer computes.
     """
 
     rule: str
@@ -88,10 +96,11 @@ class Finding:
     fixed: Figures | None = None
     basis: str = ""
     freezes: frozenset[int] = field(default=frozenset(), repr=False)
+    skips_flops: int = field(default=0, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
-        del data["freezes"]
+        del data["freezes"], data["skips_flops"]
         return {
             key: str(value) if isinstance(value, Level) else list(value) if isinstance(value, tuple) else value
             for key, value in data.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -37,6 +38,7 @@ from frostline.watching.record import (
     PassFact,
     Record,
 )
+from frostline.watching.samples import Samples
 from frostline.watching.tape import Replay, Tape, autocast_on, leaves, snapshot
 from frostline.watching.values import Values
 
@@ -84,6 +86,7 @@ class Observer:
         self._fresh: set[int] = set()  # optimizers made after others had stepped: they are to be inspected too
         self._used: list[nn.Module] = []  # models called since the last pass
         self._moves = Moves(record)
+        self._samples = Samples()
 
     # -- begin and end -------------------------------------------------------------------------------------------------
 
@@ -115,6 +118,7 @@ class Observer:
         self._moves.close()
         self._tape.drop()
         self._used.clear()
+        self._safely(self._count_samples)
         for model in self.record.models:
             _look(model, "last")
         for _, fact in self.record.facts():
@@ -184,13 +188,22 @@ class Observer:
         stack = self._local.stack
         if not stack:
             return
+        top = stack[0]
         while stack:  # what an exception skipped goes too
             if stack.pop() is module:
                 break
+        if (self._samples.asked or self._inspects) and not self._backward and len(rest) == 2 and self._here:
+            self._safely(self._look_at_samples, module, top, args, *rest)
         if self.values is not None and len(rest) == 2 and not self._backward and self._here:
             self._safely(self._values_of, module, args, *rest)
         if not stack and len(rest) == 2 and self._inspects and self._here:
             self._safely(self._model_returned, module, args, *rest)
+
+    def _look_at_samples(self, module: nn.Module, top: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        inspect = self._inspects
+        if inspect and (model := self._by_module.get(id(module))) is not None and id(module) in model.modules:
+            model.modules[id(module)].plain &= not kwargs and _is_row_by_row(args, result)
+        self._samples.returned(module, _unwrapped(top), args, kwargs, result, inspect=inspect)
 
     def _values_of(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         assert self.values is not None
@@ -215,8 +228,7 @@ class Observer:
             self._used.append(model.module)
         autocast = autocast_on(tensors[0].device.type)
         self._tape.module_called(inner, args, kwargs, result, autocast, is_model=model is not None)
-        if torch.is_grad_enabled():
-            self._tape.put()
+        self._tape.put()
 
     def _model_of(self, module: nn.Module, *, compiled: bool = False) -> ModelFact | None:
         """The model that a module is, or is a part of; new ones are taken in."""
@@ -330,14 +342,23 @@ class Observer:
                 self._safely(self._look_inside_pass, tuple(outputs))
             return original(outputs, *args, **kwargs)
         self.record.num_passes += 1
-        if self._inspects:
+        inspect = self._inspects
+        if inspect:
             self._safely(self._look_at_pass, tuple(outputs), args, kwargs)
+        if inspect or self._samples.asked:
+            self._safely(self._look_at_trained, inspect)
         self._tape.take()
         self._backward += 1
         try:
             return original(outputs, *args, **kwargs)
         finally:
             self._backward -= 1
+
+    def _look_at_trained(self, inspect: bool) -> None:
+        self._samples.trained(self.record.num_steps, inspect=inspect)
+
+    def _count_samples(self) -> None:
+        self.record.samples = self._samples.facts()
 
     def _look_at_pass(self, roots: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         gradients = tuple(args[0]) if args and args[0] is not None else (None,) * len(roots)
@@ -403,6 +424,7 @@ class Observer:
         plain = tuple(None if g is None or g.numel() == 1 else g.detach() for g in gradients)
         self._tape_thread = 0
         replay = Replay(entries, self._tape._roots, plain, used, trainable, snapshot(used))
+        self._samples.expect(Counter(id(entry.function) for entry in entries if entry.is_model))
         self._tape.drop()
         self._used.clear()
         return replay, ""
@@ -485,6 +507,13 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     name = _WRAPPERS.get(type(module).__name__)
     inner = None if name is None else getattr(module, name, None)
     return _unwrapped(inner) if isinstance(inner, nn.Module) else module
+
+
+def _is_row_by_row(args: tuple[Any, ...], result: Any) -> bool:
+    """Whether one tensor was given and one returned, with as many rows."""
+    if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(result, Tensor):
+        return False
+    return bool(args[0].dim() and result.dim() and args[0].shape[0] == result.shape[0])
 
 
 def _is_compiled(module: nn.Module) -> bool:

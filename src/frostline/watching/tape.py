@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 _WRITERS = ("__setitem__", "copy_")
 _MOST_ENTRIES = 2000
+_MOST_IDLE = 8  # calls of models of which no gradient came
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Tape(TorchFunctionMode):
         self._next = 0
         self._made: dict[int, _Made] = {}  # by id of a tensor or of a whole result
         self._alive: list[Any] = []
-        self._weak: dict[int, list[weakref.ref[Tensor]]] = {}  # of entries without gradients: their results
+        self._weak: dict[int, list[weakref.ref[Tensor]]] = {}  # of entries that need no gradient: their results
 
     # -- in place or not: always below the user's own modes, so that theirs can be left in any order -------------------
 
@@ -124,7 +125,8 @@ class Tape(TorchFunctionMode):
         self._add(entry, result)
 
     def _add(self, entry: Entry, result: Any) -> None:
-        if len(self.entries) >= _MOST_ENTRIES:
+        idle = sum(self.entries[number].is_model for number in self._weak)
+        if len(self.entries) >= _MOST_ENTRIES or (entry.is_model and idle >= _MOST_IDLE):
             self.drop()
         number = self._next
         self._next += 1
@@ -132,7 +134,7 @@ class Tape(TorchFunctionMode):
         tensors = list(leaves(result))
         for position, tensor in enumerate(tensors):
             self._made[id(tensor)] = _Made(number, position)
-        if not entry.grad:  # an evaluation, most often: its batches must not pile up
+        if not any(tensor.requires_grad for tensor in tensors):  # an evaluation, most often: batches must not pile up
             self._weak[number] = [weakref.ref(t, functools.partial(_forget, self._made, id(t))) for t in tensors]
             self._prune()
             return
@@ -141,7 +143,7 @@ class Tape(TorchFunctionMode):
             self._made[id(result)] = _Made(number, None)
 
     def _prune(self) -> None:
-        """Drop the calls without gradients whose results nobody can use any more."""
+        """Drop the calls that need no gradient and whose results nobody can use any more."""
         used = {ref.entry for entry in self.entries.values() for ref in _references((entry.args, entry.kwargs))}
         for number, results in list(self._weak.items()):
             if number not in used and all(each() is None for each in results):

@@ -119,10 +119,12 @@ class Watch:
         return sum(each.step == usual.fact.step and each.accumulates for each in self.record.passes)
 
     @property
-    def fixed(self) -> Cost | None:
-        """The step with everything frozen that the findings' fixes freeze."""
+    def fixed(self) -> Figures | None:
+        """The step with everything frozen that the findings' fixes freeze, and without what they keep."""
         usual = self._steps.usual()
-        return None if usual is None else usual.without({n for finding in self.findings for n in finding.freezes})
+        cost = None if usual is None else usual.without({n for finding in self.findings for n in finding.freezes})
+        skipped = sum(finding.skips_flops for finding in self.findings)
+        return None if cost is None else Figures.of(cost).skipping(skipped)
 
     def who_trains(self) -> list[dict[str, Any]]:
         """Trained, the rest and buffers, each with how many tensors and numbers, and what happened to them."""
@@ -173,7 +175,3 @@ def _row(who: str, facts: list[ParameterFact]) -> dict[str, Any]:
         "got_gradient": sum(fact.got_gradient for fact in facts),
         "moved": sum(fact.moved for fact in facts),
     }
-
-
-def figures(cost: Cost | None) -> Figures | None:
-    return None if cost is None else Figures.of(cost)

@@ -39,12 +39,13 @@ class Figures:
             cost.step_seconds,
         )
 
-    def skipping(self, forward_flops: int) -> Figures:
+    def skipping(self, flops: int, seconds: float) -> Figures:
         """These, without a part of the forward."""
         return replace(
             self,
-            forward_flops=self.forward_flops - forward_flops,
-            step_flops=self.step_flops - forward_flops,
+            forward_flops=self.forward_flops - flops,
+            step_flops=self.step_flops - flops,
+            step_seconds=None if self.step_seconds is None else self.step_seconds - seconds,
         )
 
 
@@ -80,7 +81,8 @@ class Finding:
         basis: how these figures are known.
         fix: what to do about it.
         fine: when it is no mistake.
-        freezes: ids of the parameters that the fix freezes. ``skips_flops``: what the forward no longer computes.
+        freezes: ids of the parameters that the fix freezes.
+        skips_flops, skips_seconds: of the forward, what the fix no longer runs; 0 seconds where they are not known.
     """
 
     rule: str
@@ -97,10 +99,11 @@ class Finding:
     basis: str = ""
     freezes: frozenset[int] = field(default=frozenset(), repr=False)
     skips_flops: int = field(default=0, repr=False)
+    skips_seconds: float = field(default=0.0, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
-        del data["freezes"], data["skips_flops"]
+        del data["freezes"], data["skips_flops"], data["skips_seconds"]
         return {
             key: str(value) if isinstance(value, Level) else list(value) if isinstance(value, tuple) else value
             for key, value in data.items()

@@ -20,12 +20,13 @@ class Prefix:
     """The part of a step that depends on nothing that changes: no trained weight, no random number, no other sample.
 
     Attributes:
-        flops: of its forward.
+        flops, seconds: of its forward; 0 seconds where they are not known.
         nbytes: of what the rest takes of it, as far as FLOPs are behind that; the rest is computed again for nothing.
         modules: those in which it does FLOPs, by name in the trace. ``others``: those in which the rest does anything.
     """
 
     flops: int
+    seconds: float
     nbytes: int
     modules: tuple[str, ...]
     others: tuple[str, ...]
@@ -44,16 +45,21 @@ def prefix_of(traced: TracedPass, moved: set[int], changing: Iterable[str]) -> P
         return None
     flow = _Flow(traced, ledger, moved, tuple(changing))
     flops = 0
+    units = []
     modules: dict[str, None] = {}
     others: dict[str, None] = {}
     for unit, entry in ledger.rows(*cost._flags[1:]):
         same = [flow.see(op, unit.module, requires_grad=flow.is_trained(unit.behind)) for op in unit.ops]
         if not all(same):
             others[unit.module] = None
-        elif entry.forward_flops:
-            flops += entry.forward_flops
+            continue
+        units.append(unit)
+        flops += entry.forward_flops
+        if entry.forward_flops:
             modules[unit.module] = None
-    return Prefix(flops, flow.crossing(), tuple(modules), tuple(others))
+    timed = cost.step_seconds is not None
+    seconds = traced.trace._coster.clockwork(ledger).of_forward(units) if timed else 0.0
+    return Prefix(flops, seconds, flow.crossing(), tuple(modules), tuple(others))
 
 
 class _Flow:

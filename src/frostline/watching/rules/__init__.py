@@ -33,6 +33,7 @@ def rules() -> tuple[Rule, ...]:
         grad_off_over_trainable,
         never_updated,
         partial_mask_leak,
+        ranks_differ,
         stale_optimizer,
         stochastic_frozen,
         tied_surprise,
@@ -42,7 +43,7 @@ def rules() -> tuple[Rule, ...]:
 
     modules = (
         frozen_norm_drift, never_updated, grad_off_over_trainable, checkpoint_blocks_grad, frozen_moved, freeze_missed,
-        clip_covers_unowned, stale_optimizer, partial_mask_leak, unowned_grad,
+        clip_covers_unowned, stale_optimizer, partial_mask_leak, ranks_differ, unowned_grad,
         early_param_forces_backward, forced_input_grad, tied_surprise, unneeded_saved_tensors, cacheable_prefix,
         stochastic_frozen,
     )  # fmt: skip

@@ -44,18 +44,16 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
         return
     places = _Places(record, usual, prefix)
     if places.parts:
-        batch = next(tensor.shape[0] for entry in again for tensor in leaves((entry.args, entry.kwargs)))
+        given = (tensor for entry in again for tensor in leaves((entry.args, entry.kwargs)))
+        batch = next(tensor.shape[0] for tensor in given if tensor.dim())
         samples = record.samples[id(again[0].function)]
         yield _finding(record, usual, places, Figures.of(now), prefix, samples, -(-prefix.nbytes // batch))
 
 
 def _comes_again(record: Record, entry: Entry) -> bool:
     samples = record.samples.get(id(entry.function))
-    return (
-        samples is not None
-        and samples.share_again >= AGAIN
-        and next(leaves((entry.args, entry.kwargs)), None) is not None
-    )
+    given = leaves((entry.args, entry.kwargs))
+    return samples is not None and samples.share_again >= AGAIN and any(tensor.dim() for tensor in given)
 
 
 def _changing(record: Record, usual: TracedPass, fresh: Sequence[Entry]) -> list[str]:
@@ -73,13 +71,13 @@ class _Places:
 
     def __init__(self, record: Record, usual: TracedPass, prefix: Prefix) -> None:
         numbers = {name: id(module) for name, module in usual.trace.model.named_modules()}
-        inside = [numbers[name] for name in prefix.modules]
+        inside = [numbers[name] for name in prefix.modules if name in numbers]
         models = [model for model in record.models if model.modules.keys() & inside]
         self.parts: list[str] = []
         if len(models) == 1:
             self.model = models[0]
             names = {number: fact.name for number, fact in self.model.modules.items()}
-            self.others = [names[numbers[name]] for name in prefix.others if numbers[name] in names]
+            self.others = [names[numbers[name]] for name in prefix.others if numbers.get(name) in names]
             self.parts = list(dict.fromkeys(self._largest(names[number]) for number in inside if number in names))
 
     def _largest(self, name: str) -> str:
@@ -101,7 +99,8 @@ class _Places:
             or any(p.rpartition(".")[0] != around for p in self.parts)
         ):
             return None
-        end = min(self._position(around, other) for other in self.others if other != around and within(other, around))
+        rest = [self._position(around, other) for other in self.others if other != around and within(other, around)]
+        end = min(rest, default=len(row.module))
         if any(self._position(around, part) >= end for part in self.parts):
             return None
         name = expression(self.model.module, variable(self.model), around)
@@ -129,7 +128,7 @@ def _finding(
     model, total, different = places.model, samples.total, samples.different
     what = named(record, model, places.parts)
     verb = "gives" if len(places.parts) == 1 else "give"
-    fixed = now.skipping(prefix.flops)
+    fixed = now.skipping(prefix.flops, prefix.seconds)
     return Finding(
         rule=ID,
         level=Level.WASTE,
@@ -154,6 +153,7 @@ def _finding(
         fix=_fix(record, places, what, sample_bytes),
         fine=FINE,
         skips_flops=prefix.flops,
+        skips_seconds=prefix.seconds,
     )
 
 

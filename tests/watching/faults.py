@@ -352,4 +352,34 @@ for _ in range(2):
 """,
         after="run.close()",
     ),
+    "a frozen body over the same samples": Fault(
+        "cacheable-prefix",
+        (),
+        """
+model = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 5))
+model[:3].requires_grad_(False)
+inputs, labels = torch.randn(12, 8), torch.randint(5, (12,))
+optimizer = torch.optim.Adam(model[4].parameters())
+for _ in range(4):
+    optimizer.zero_grad()
+    F.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+""",
+    ),
+    "an encoder under no_grad over the same samples": Fault(
+        "cacheable-prefix",
+        (),
+        """
+encoder, head = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval(), nn.Linear(32, 5)
+images, labels = torch.randn(6, 3, 12, 12), torch.randint(5, (6,))
+optimizer = torch.optim.Adam(head.parameters())
+for _ in range(4):
+    with torch.no_grad():
+        features = encoder(images)
+    loss = F.cross_entropy(head(features.mean((2, 3))), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+""",
+    ),
 }

@@ -336,4 +336,75 @@ for _ in range(3):
     scaler.step(optimizer)
     scaler.update()
 """,
+    "a frozen body over augmented samples": """
+model = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 5))
+model[:3].requires_grad_(False)
+inputs, labels = torch.randn(12, 8), torch.randint(5, (12,))
+optimizer = torch.optim.Adam(model[4].parameters())
+for _ in range(6):
+    optimizer.zero_grad()
+    F.cross_entropy(model(inputs + 0.01 * torch.randn(12, 8)), labels).backward()
+    optimizer.step()
+""",
+    "a frozen body, one epoch, and evaluations on the same samples": """
+model = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 5))
+model[:3].requires_grad_(False)
+held_out = torch.randn(12, 8)
+optimizer = torch.optim.Adam(model[4].parameters())
+for _ in range(6):
+    with torch.no_grad():
+        model(held_out)
+    optimizer.zero_grad()
+    F.cross_entropy(model(torch.randn(4, 8)), torch.randint(5, (4,))).backward()
+    optimizer.step()
+""",
+    "an encoder under no_grad, one epoch, and evaluations on the same samples": """
+encoder, head = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256)).eval(), nn.Linear(256, 5)
+held_out = torch.randn(12, 8)
+optimizer = torch.optim.Adam(head.parameters())
+for _ in range(6):
+    with torch.no_grad():
+        head(encoder(held_out))
+        features = encoder(torch.randn(4, 8))
+    optimizer.zero_grad()
+    F.cross_entropy(head(features), torch.randint(5, (4,))).backward()
+    optimizer.step()
+""",
+    "a cheap frozen convolution over the same samples": """
+model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 5))
+model[0].requires_grad_(False)
+images, labels = torch.randn(6, 1, 12, 12), torch.randint(5, (6,))
+optimizer = torch.optim.Adam(model[3].parameters())
+for _ in range(4):
+    optimizer.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+""",
+    "a teacher that follows its student, on the same samples": """
+student = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 5))
+teacher = copy.deepcopy(student).requires_grad_(False)
+inputs, labels = torch.randn(12, 8), torch.randint(5, (12,))
+optimizer = torch.optim.Adam(student.parameters())
+for _ in range(4):
+    with torch.no_grad():
+        wanted = teacher(inputs).softmax(-1)
+    optimizer.zero_grad()
+    logits = student(inputs)
+    (F.cross_entropy(logits, labels) + F.cross_entropy(logits, wanted)).backward()
+    optimizer.step()
+    with torch.no_grad():
+        for a, b in zip(teacher.parameters(), student.parameters()):
+            a.lerp_(b, 0.1)
+""",
+    "an encoder that is thawed later, on the same samples": """
+model = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 5))
+inputs, labels = torch.randn(12, 8), torch.randint(5, (12,))
+model[:3].requires_grad_(False)
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+for i in range(6):
+    model[:3].requires_grad_(i > 2)
+    optimizer.zero_grad()
+    F.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+""",
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.watching.watching import found, plainly, watched, write
+from tests.watching.watching import found, only, plainly, watched, write
 
 TRAINER = """
 import sys, torch
@@ -103,6 +103,43 @@ for epoch in range(2):
 torch.save(model.state_dict(), f"{sys.argv[2]}/{sys.argv[1]}.pt")
 """
 
+LIGHTNING = """
+import sys, torch
+import pytorch_lightning as pl
+from torch import nn
+from pytorch_lightning.callbacks import BaseFinetuning
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        blocks = [nn.Sequential(nn.LazyConv2d(16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(6)]
+        self.backbone = nn.Sequential(*blocks)
+        self.backbone(torch.randn(2, 3, 12, 12))
+        self.head = nn.Linear(16, 200)
+
+    def training_step(self, batch, number):
+        x, y = batch
+        return nn.functional.cross_entropy(self.head(self.backbone(x).mean((2, 3))), y)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
+
+class Finetuning(BaseFinetuning):
+    def freeze_before_training(self, net):
+        self.freeze(net.backbone, **({} if sys.argv[1] == "lightning" else {"train_bn": False}))
+
+    def finetune_function(self, net, epoch, optimizer):
+        pass
+
+pl.seed_everything(0)
+data = torch.utils.data.DataLoader([(torch.randn(3, 12, 12), n) for n in range(16)], batch_size=4, shuffle=True)
+net = Net()
+quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+trainer = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[Finetuning()], **quiet)
+trainer.fit(net, data)
+torch.save(net.state_dict(), f"{sys.argv[2]}/{sys.argv[1]}.pt")
+"""
+
 LOOPS = {
     "plain": (TRAINER, "transformers", []),
     "lora": (TRAINER, "peft", []),
@@ -111,6 +148,8 @@ LOOPS = {
     "frozen": (TRAINER, "transformers", ["stochastic-frozen"]),
     "accelerate": (ACCELERATE, "accelerate", []),
     "timm": (TIMM, "torch", []),
+    "lightning": (LIGHTNING, "pytorch_lightning", ["early-param-forces-backward"]),
+    "lightning-train_bn-off": (LIGHTNING, "pytorch_lightning", []),
 }
 
 
@@ -173,3 +212,15 @@ def test_a_compiled_model_trains_as_without_and_what_was_not_seen_is_said(kind: 
     assert all(torch.equal(weights[key], same[key]) for key in weights)
     assert found(seen) == ["unowned-grad"]
     assert any("compiled" in note or "scripted" in note for note in seen.notes)
+
+
+def test_the_default_of_lightnings_finetuning_is_costed(tmp_path: Path) -> None:
+    """``train_bn=True``: what the norms that go on training cost is what the step without it, itself run, spares."""
+    pytest.importorskip("pytorch_lightning")
+    path = write(tmp_path, LIGHTNING)
+    finding = only(watched(path, "lightning", str(tmp_path))[0], "early-param-forces-backward")
+    off = watched(path, "lightning-train_bn-off", str(tmp_path))[0].now
+    assert all(".1." in name for name in finding.parameters)
+    assert finding.fixed is not None
+    assert off is not None
+    assert (finding.fixed.step_flops, finding.fixed.saved_bytes) == (off.step_flops, off.saved_bytes)

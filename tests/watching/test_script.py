@@ -153,3 +153,62 @@ def test_findings_are_not_known_before_the_end() -> None:
             _ = seen.findings
         assert "being watched" in str(seen)
     assert "nothing was trained" in str(seen)
+
+
+def test_a_forked_child_reports_nothing_and_is_said(tmp_path: Path) -> None:
+    end = "if not child:\n    os.wait()\nprint('child' if child else 'parent')\n"
+    source = f"import os\n\nchild = os.fork() == 0\n{TRAINS}\n{end}"
+    done = command(str(write(tmp_path, source)))
+    assert (done.returncode, done.stdout) == (0, "child\nparent\n"), done.stderr
+    assert done.stderr.count("watched ") == 1
+    assert "a process that the script forked trained too: what it did was not seen" in " ".join(done.stderr.split())
+
+
+def test_spawned_processes_are_said_not_to_be_seen(tmp_path: Path) -> None:
+    body = textwrap.indent(TRAINS, "    ")
+    source = f"""
+import torch
+
+def train(rank):
+{body}
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(train, nprocs=2)
+"""
+    done = command(str(write(tmp_path, source)))
+    assert done.returncode == 0, done.stderr
+    assert "nothing was trained" in done.stderr
+    assert "the script started 2 other processes" in done.stderr
+
+
+def test_workers_of_a_loader_are_no_concern(tmp_path: Path) -> None:
+    source = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+model = torch.nn.Linear(4, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for (x,) in DataLoader(TensorDataset(torch.randn(12, 4)), batch_size=4, num_workers=2):
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    optimizer.step()
+"""
+    done = command(str(write(tmp_path, source)))
+    assert done.returncode == 0, done.stderr
+    assert "nothing found" in done.stderr
+    assert "not seen" not in done.stderr
+
+
+def test_an_exit_after_training_keeps_its_code_and_the_findings(tmp_path: Path) -> None:
+    source = TRAINS.replace("model.parameters()", "model[3].parameters()") + "\nsys.exit(7)\n"
+    seen, ended = watched(write(tmp_path, source))
+    assert (ended.code, ended.how, found(seen)) == (7, "exit", ["unowned-grad"])
+
+
+def test_a_signal_ends_with_the_findings_so_far(tmp_path: Path) -> None:
+    source = TRAINS.replace("model.parameters()", "model[3].parameters()")
+    source += "\nimport os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    done = command(str(write(tmp_path, source)))
+    assert done.returncode == 130
+    assert "KeyboardInterrupt" in done.stderr
+    assert "WASTE unowned-grad" in done.stderr

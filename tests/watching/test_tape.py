@@ -102,3 +102,66 @@ def test_a_loss_that_was_not_seen_is_said_and_has_no_figures() -> None:
         optimizer.step()
     assert seen.now is None
     assert seen.record.passes[0].unrecorded
+
+
+def test_a_policy_that_returns_a_distribution_is_costed_with_all_its_heads() -> None:
+    torch.manual_seed(0)
+    body, policy, value = nn.Linear(4, 32), nn.Linear(32, 3), nn.Linear(32, 1)
+
+    class Actor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.policy, self.value = body, policy, value
+
+        def forward(self, x: Tensor) -> tuple[torch.distributions.Categorical, Tensor]:
+            hidden = self.body(x).tanh()
+            return torch.distributions.Categorical(logits=self.policy(hidden)), self.value(hidden)
+
+    net = Actor()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with fl.watch() as seen:
+        chosen, worth = net(torch.randn(8, 4))
+        actions = chosen.sample()
+        loss = -(chosen.log_prob(actions) * worth.detach()).mean() + worth.pow(2).mean() - chosen.entropy().mean()
+        loss.backward()
+        optimizer.step()
+    # On paper, a row: 4 x 32, 32 x 3 and 32 x 1; grad_weight of all, grad_input of the two heads.
+    assert seen.now is not None
+    assert seen.now.forward_flops == 2 * 8 * (128 + 96 + 32)
+    assert seen.now.backward_flops == 2 * 8 * (128 + 96 + 32 + 96 + 32)
+
+
+def test_a_step_of_which_a_part_was_not_seen_has_no_figures() -> None:
+    """An autograd.Function that is applied outside of any module hides what made its input."""
+
+    class Reverse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            return -gradients[0]
+
+    features, domain = nn.Linear(6, 8), nn.Linear(8, 2)
+    optimizer = torch.optim.SGD([*features.parameters(), *domain.parameters()], lr=0.1)
+    with fl.watch() as seen:
+        domain(Reverse.apply(features(torch.randn(4, 6)))).sum().backward()
+        optimizer.step()
+    assert seen.now is None
+    assert seen.findings == ()
+    assert seen.record.passes[0].unrecorded
+
+
+def test_what_no_gradient_comes_of_does_not_pile_up_in_metrics() -> None:
+    model, right = nn.Linear(4, 3), torch.zeros(())
+    batches: list[weakref.ref[Tensor]] = []
+    with fl.watch():
+        for _ in range(40):
+            batch = torch.randn(2, 4)
+            batches.append(weakref.ref(batch))
+            with torch.no_grad():
+                right += (model(batch).argmax(1) == 0).sum()
+            del batch
+        gc.collect()
+        assert sum(each() is not None for each in batches) <= 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,7 @@ Examples:
   frostline watch --values --steps 2 train.py
   frostline watch --ignore unowned-grad train.py
   frostline watch -m package.train --lr 0.1
+  torchrun --nproc-per-node 2 -m frostline watch train.py
 """
 
 SETTINGS = {"allow_interspersed_args": False, "ignore_unknown_options": False, "help_option_names": ["-h", "--help"]}
@@ -38,6 +40,9 @@ def watch(
     values: Annotated[
         bool, typer.Option("--values", help="Also show what flows through each module: shapes, values, gradients.")
     ] = False,
+    time: Annotated[
+        bool, typer.Option("--time", help="After the script, time the ops of its step: findings then have seconds.")
+    ] = False,
     as_json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write the data; its schema is reports/schema.json.")
     ] = None,
@@ -47,8 +52,10 @@ def watch(
 ) -> None:
     """Run a training script as it is, and say what it wastes and what is silently wrong.
 
-    The script's output, exit code and results are its own; the report goes to stderr, after its end.
+    The script's output, exit code and results are its own; the report goes to stderr, after its end. Of several
+    processes (torchrun ... -m frostline watch train.py) rank 0 reports.
     """
+    from frostline.watching.ranks import own_rank
     from frostline.watching.script import Enough, Script
     from frostline.watching.watch import Watch
 
@@ -56,11 +63,14 @@ def watch(
         if steps is not None and done >= steps:
             raise Enough
 
+    process = os.getpid()
     script = Script(command[0], command[1:], module=module)
-    seen = Watch(command[0], ignore or (), stop, values=values)
+    seen = Watch(command[0], ignore or (), stop, values=values, time=time)
     with seen:
         ended = script.run(seen.close)
     seen.record.ended = ended.how
+    if os.getpid() != process or own_rank(seen.record):  # a child of the script's own; rank 0 speaks for all
+        raise typer.Exit(ended.code)
     _report(seen, as_json)
     if ended.code == 0 and strict and not seen.is_clean:
         raise typer.Exit(1)

@@ -25,7 +25,7 @@ from frostline.costing.overhead import (
 from frostline.costing.rerun import Rerun
 from frostline.costing.seconds import Clockwork
 from frostline.errors import FrostlineError
-from frostline.probing.timings import Timings
+from frostline.probing.timings import NotTimed, Timings, any_stored
 from frostline.tracing.trace import Trace, trace
 
 if TYPE_CHECKING:
@@ -66,7 +66,32 @@ def calibrate(
     """See `frostline.tracing.trace.Trace.calibrate`."""
     if traced.device.type not in ("cpu", "cuda"):
         raise FrostlineError(f"no clock for device {str(traced.device)!r}; there is cpu and cuda")
-    timings = Timings(traced.device, clock)
+    return _calibrated(Timings(traced.device, clock), traced, costs, optimizer, progress, clock)
+
+
+def recall(traced: Trace, costs: list[Cost], optimizer: Any) -> bool:
+    """Calibrate by the timings on disk alone, and say whether they tell all of these costs; if not, nothing is done.
+
+    What they do not tell of other costs stays unknown.
+    """
+    if not any_stored(traced.device):
+        return False
+    timings = Timings(traced.device, takes=False)
+    try:
+        traced._coster.settle(_calibrated(timings, traced, costs, optimizer, None, time.perf_counter))
+    except NotTimed:
+        return False
+    return True
+
+
+def _calibrated(
+    timings: Timings,
+    traced: Trace,
+    costs: list[Cost] | None,
+    optimizer: Any,
+    progress: Progress | None,
+    clock: Callable[[], float],
+) -> Calibration:
     settle_allocator(traced.device)
     wanted: dict[str, Callable[[], object]] = {}
     asked = [(Clockwork(ledger, timings, NONE), rows) for ledger, rows in _asked(traced, costs)]

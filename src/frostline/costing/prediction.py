@@ -12,6 +12,7 @@ from frostline.costing.moment import Moment, Standing
 from frostline.costing.optimizers import optimizer_model
 from frostline.costing.rerun import Rerun
 from frostline.errors import OptimizerError
+from frostline.probing.timings import NotTimed
 
 if TYPE_CHECKING:
     from frostline.costing.cost import Cost
@@ -57,7 +58,7 @@ def timeline(cost: Cost) -> Iterator[Moment]:
 
 
 def seconds(cost: Cost) -> StepSeconds | None:
-    """What the step takes; None until the trace is calibrated, and for what nothing runs."""
+    """What the step takes; None until the trace is calibrated, for what nothing runs, and where none may be timed."""
     trace = cost.trace
     calibration = trace.calibration
     if calibration is None or cost.method == "lower-bound":
@@ -66,7 +67,10 @@ def seconds(cost: Cost) -> StepSeconds | None:
     clockwork = trace._coster_for(cost.method).clockwork(ledger)
     trained, kept = ([trace.parameter_list[n] for n in numbers] for numbers in _with_gradient(cost))
     optimizer = optimizer_model(cost._optimizer)
-    found: StepSeconds = clockwork.step(forward, backward, trained, kept, optimizer, cost._sums.held)
+    try:
+        found: StepSeconds = clockwork.step(forward, backward, trained, kept, optimizer, cost._sums.held)
+    except NotTimed:
+        return None
     return found
 
 

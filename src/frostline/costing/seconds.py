@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from frostline.costing.rerun import Rerun
 from frostline.probing.attribution import RanOp
 from frostline.probing.probe import Probe, Question, timed_probe
 from frostline.probing.stopwatch import NEAR_BYTES, Timing, Work
-from frostline.probing.timings import Timings, key_of
+from frostline.probing.timings import NotTimed, Timings, key_of
 from frostline.tracing.calls import Call, Side, TensorMeta, fill, is_view
 from frostline.tracing.graph import Unit
 
@@ -132,8 +133,10 @@ class Clockwork:
         return known[1]
 
     def scratch(self, op: Call | RanOp) -> int:
-        """Bytes that the op's kernel takes for itself."""
-        return self.timing(op).scratch_bytes
+        """Bytes that the op's kernel takes for itself; 0 where they are not known."""
+        with suppress(NotTimed):
+            return self.timing(op).scratch_bytes
+        return 0
 
     # -- adding up -----------------------------------------------------------------------------------------------------
 
@@ -220,6 +223,14 @@ class Clockwork:
         return tally
 
     # -- the parts that a step's total is the sum of, for a subset to be planned by ------------------------------------
+
+    def of_forward(self, units: Iterable[Unit]) -> float:
+        """Seconds of the forward of some units, with nothing of theirs trained."""
+        tally = Tally()
+        for unit in units:
+            frozen = [False] * len(unit.behind)
+            tally.add(self._unit(unit, frozen, None) if unit.call.varies else self._forward(unit.ops))
+        return self._total(tally)
 
     def of_nothing(self) -> float:
         """Seconds of a step of which nothing trains, but for the groups' own."""

@@ -77,11 +77,22 @@ class Reference:
             torch.accelerator.synchronize(self.device)
 
 
-class Timings:
-    """Timings of op calls on one device. Asked for one it does not know, it takes the time."""
+class NotTimed(LookupError):  # noqa: N818  an answer, not a mistake
+    """There is no timing at hand, and none may be taken."""
 
-    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+
+class Timings:
+    """Timings of op calls on one device. Asked for one it does not know, it takes the time.
+
+    Args:
+        takes: whether it may; else it raises `NotTimed`.
+    """
+
+    def __init__(
+        self, device: torch.device, clock: Callable[[], float] = time.perf_counter, *, takes: bool = True
+    ) -> None:
         self.device = device
+        self.takes = takes
         self.stopwatch = Stopwatch(device, clock)
         self.reference = Reference(device, clock)
         self.num_timed = 0
@@ -108,6 +119,7 @@ class Timings:
         """
         kept = self._recall(key)
         if kept is None:
+            self._may_take()
             before = self.reference.look()
             try:
                 timing = take(self.stopwatch)
@@ -124,6 +136,7 @@ class Timings:
 
     def take_replays(self, works: Sequence[Work], replay: Callable[[Runner], Any]) -> None:
         """Take the time of ops that only run one after the other, as a replay does: those of ``works``, in order."""
+        self._may_take()
         before = self.reference.look()
         try:
             found = self.stopwatch.time_replays(replay)
@@ -135,7 +148,12 @@ class Timings:
         for work, timing in zip(works, found, strict=True):
             self._keep(key_of(work), timing, after, lasting=work.op.namespace == "aten")
 
+    def _may_take(self) -> None:
+        if not self.takes:
+            raise NotTimed
+
     def _take(self, key: str, work: Work) -> _Kept:
+        self._may_take()
         before = self.reference.look()
         timing = self.stopwatch.time(work)
         lasting = work.op.namespace == "aten"
@@ -165,6 +183,12 @@ class Timings:
             return []
         there = {_said(path.name) for path in where.glob("timings-*.sqlite")}
         return sorted(there - {_said(_name(self.device))})
+
+
+def any_stored(device: torch.device) -> bool:
+    """Whether timings for this device and setting are kept on disk."""
+    where = folder()
+    return where is not None and (where / _name(device)).exists()
 
 
 def _dump(kept: _Kept) -> str:

@@ -12,7 +12,7 @@ from frostline.reports.table import Column, Table
 from frostline.reports.units import bytes_text, flops_text, percent, seconds_text, share
 from frostline.watching.finding import Figures, Finding, Level
 from frostline.watching.values import ValueFact
-from frostline.watching.watch import Watch, figures
+from frostline.watching.watch import Watch
 
 _STYLES = {Level.WRONG: "bold red", Level.WASTE: "bold yellow", Level.INFO: "bold"}
 
@@ -100,7 +100,7 @@ def _figure_words(figures: Figures) -> str:
         f"{flops_text(figures.step_flops)}, backward {flops_text(figures.backward_flops)}, saved "
         f"{bytes_text(figures.saved_bytes)}, gradients {bytes_text(figures.gradient_bytes)}"
     )
-    return words if figures.step_seconds is None else f"{words}, {seconds_text(figures.step_seconds)}"
+    return words if figures.step_seconds is None else f"{words}, {seconds_text(figures.step_seconds)} predicted"
 
 
 def _who_trains(watch: Watch) -> Table:
@@ -164,14 +164,16 @@ def _step(watch: Watch) -> Iterator[str]:
         return
     passes = watch.passes_in_step
     which = f" (one of the {passes} backward passes in it)" if passes > 1 else ""
-    text = f"the step as it is{which}: {flops_text(now.step_flops)}, saved {bytes_text(now.saved_bytes)}"
+    text = f"the step as it is{which}: {_step_words(Figures.of(now))}"
     if fixed is None or (fixed.step_flops, fixed.saved_bytes) == (now.step_flops, now.saved_bytes):
         yield f"{text}."
         return
-    yield (
-        f"{text}; with all fixes: {flops_text(fixed.step_flops)} ({share(fixed.step_flops, now.step_flops)}), "
-        f"saved {bytes_text(fixed.saved_bytes)}."
-    )
+    yield f"{text}; with all fixes: {_step_words(fixed, share(fixed.step_flops, now.step_flops))}."
+
+
+def _step_words(figures: Figures, of_it: str = "") -> str:
+    words = f"{flops_text(figures.step_flops)}{f' ({of_it})' if of_it else ''}, saved {bytes_text(figures.saved_bytes)}"
+    return words if figures.step_seconds is None else f"{words}, {seconds_text(figures.step_seconds)} predicted"
 
 
 def watch_to_dict(watch: Watch) -> dict[str, Any]:
@@ -195,13 +197,9 @@ def watch_to_dict(watch: Watch) -> dict[str, Any]:
         ],
         "findings": [finding.to_dict() for finding in watch.findings],
         "who_trains": watch.who_trains(),
-        "now": _as_dict(figures(watch.now)),
-        "fixed": _as_dict(figures(watch.fixed)),
+        "now": None if watch.now is None else asdict(Figures.of(watch.now)),
+        "fixed": None if watch.fixed is None else asdict(watch.fixed),
         "values": [row.to_dict() for row in watch.values],
         "first_nonfinite": None if watch.first_nonfinite is None else watch.first_nonfinite.to_dict(),
         "notes": watch.notes,
     }
-
-
-def _as_dict(found: Figures | None) -> dict[str, Any] | None:
-    return None if found is None else asdict(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -39,6 +39,15 @@ class Figures:
             cost.step_seconds,
         )
 
+    def skipping(self, flops: int, seconds: float) -> Figures:
+        """These, without a part of the forward."""
+        return replace(
+            self,
+            forward_flops=self.forward_flops - flops,
+            step_flops=self.step_flops - flops,
+            step_seconds=None if self.step_seconds is None else self.step_seconds - seconds,
+        )
+
 
 @dataclass(frozen=True)
 class Fix:
@@ -73,6 +82,7 @@ class Finding:
         fix: what to do about it.
         fine: when it is no mistake.
         freezes: ids of the parameters that the fix freezes.
+        skips_flops, skips_seconds: of the forward, what the fix no longer runs; 0 seconds where they are not known.
     """
 
     rule: str
@@ -88,10 +98,12 @@ class Finding:
     fixed: Figures | None = None
     basis: str = ""
     freezes: frozenset[int] = field(default=frozenset(), repr=False)
+    skips_flops: int = field(default=0, repr=False)
+    skips_seconds: float = field(default=0.0, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
-        del data["freezes"]
+        del data["freezes"], data["skips_flops"], data["skips_seconds"]
         return {
             key: str(value) if isinstance(value, Level) else list(value) if isinstance(value, tuple) else value
             for key, value in data.items()

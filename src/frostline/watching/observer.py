@@ -7,10 +7,13 @@ written.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from multiprocessing.process import BaseProcess
 from typing import Any
 from unittest import mock
 
@@ -23,10 +26,10 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from frostline.kernels import kernels_active
-from frostline.running.kept import graph
 from frostline.running.values import digests
 from frostline.watching.moves import Moves
 from frostline.watching.places import around, called, caller, holding
+from frostline.watching.ranks import Ranks, is_world
 from frostline.watching.record import (
     BufferFact,
     ClipFact,
@@ -36,8 +39,10 @@ from frostline.watching.record import (
     ParameterFact,
     PassFact,
     Record,
+    WrapFact,
 )
-from frostline.watching.tape import Replay, Tape, autocast_on, leaves, snapshot
+from frostline.watching.samples import Samples
+from frostline.watching.tape import Replay, Tape, autocast_on, leaves, snapshot, variables
 from frostline.watching.values import Values
 
 INSPECTED = 2
@@ -71,19 +76,23 @@ class Observer:
         self.on_step = on_step
         self._undo = ExitStack()
         self._pid = os.getpid()
+        self._child_trained = mmap.mmap(-1, 1)  # memory that forked children share
+        self._processes = 0
         self._local = _Local()
         self._open = False
         self._backward = 0
         self._inspected = 0
         self._passes_in_step = 0
-        self._tape = Tape()
-        self._tape_thread = 0
         self._by_module: dict[int, ModelFact] = {}
         self._by_parameter: dict[int, ParameterFact] = {}
+        self._tape = Tape(self._by_parameter)
+        self._tape_thread = 0
         self._by_optimizer: dict[int, OptimizerFact] = {}
         self._fresh: set[int] = set()  # optimizers made after others had stepped: they are to be inspected too
         self._used: list[nn.Module] = []  # models called since the last pass
         self._moves = Moves(record)
+        self._samples = Samples()
+        self._ranks = Ranks(record)
 
     # -- begin and end -------------------------------------------------------------------------------------------------
 
@@ -102,6 +111,10 @@ class Observer:
             )
             undo.enter_context(_replaced(clip_grad, "_get_total_norm", self._total_norm))
             undo.enter_context(_replaced(clip_grad, "_clip_grads_with_norm_", self._clipped))
+            undo.enter_context(_replaced(BaseProcess, "start", self._process_starts))
+            undo.enter_context(_replaced(nn.parallel.DistributedDataParallel, "_ddp_init_helper", self._spread))
+            for owner in (torch.distributed, getattr(torch.distributed, "distributed_c10d", None)):
+                undo.enter_context(_replaced(owner, "destroy_process_group", self._group_ends))
             undo.callback(self._tape.take)
             self._undo = undo.pop_all()
         self._open = True
@@ -111,10 +124,13 @@ class Observer:
         if not self._open:
             return
         self._open = False
+        self._safely(self._ranks.meet)
         self._undo.close()
+        self._note_processes()
         self._moves.close()
         self._tape.drop()
         self._used.clear()
+        self._safely(self._count_samples)
         for model in self.record.models:
             _look(model, "last")
         for _, fact in self.record.facts():
@@ -184,13 +200,22 @@ class Observer:
         stack = self._local.stack
         if not stack:
             return
+        top = stack[0]
         while stack:  # what an exception skipped goes too
             if stack.pop() is module:
                 break
+        if (self._samples.asked or self._inspects) and not self._backward and len(rest) == 2 and self._here:
+            self._safely(self._look_at_samples, module, top, args, *rest)
         if self.values is not None and len(rest) == 2 and not self._backward and self._here:
             self._safely(self._values_of, module, args, *rest)
         if not stack and len(rest) == 2 and self._inspects and self._here:
             self._safely(self._model_returned, module, args, *rest)
+
+    def _look_at_samples(self, module: nn.Module, top: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        inspect = self._inspects
+        if inspect and (model := self._by_module.get(id(module))) is not None and id(module) in model.modules:
+            model.modules[id(module)].plain &= not kwargs and _is_row_by_row(args, result)
+        self._samples.returned(module, _unwrapped(top), args, kwargs, result, inspect=inspect)
 
     def _values_of(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         assert self.values is not None
@@ -215,8 +240,7 @@ class Observer:
             self._used.append(model.module)
         autocast = autocast_on(tensors[0].device.type)
         self._tape.module_called(inner, args, kwargs, result, autocast, is_model=model is not None)
-        if torch.is_grad_enabled():
-            self._tape.put()
+        self._tape.put()
 
     def _model_of(self, module: nn.Module, *, compiled: bool = False) -> ModelFact | None:
         """The model that a module is, or is a part of; new ones are taken in."""
@@ -278,6 +302,8 @@ class Observer:
 
     def _look_before_step(self, optimizer: Any) -> None:
         self._tape.take()
+        if self._inspects:
+            self._ranks.look()
         fact = self._optimizer(optimizer)
         self._look_at_flags()
         if self._inspects:
@@ -324,14 +350,19 @@ class Observer:
 
     def _run_backward(self, original: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._here:
+            if self._open:
+                self._child_trained[0] = 1
             return original(outputs, *args, **kwargs)
         if self._backward:  # of a reentrant checkpoint
             if self._inspects:
                 self._safely(self._look_inside_pass, tuple(outputs))
             return original(outputs, *args, **kwargs)
         self.record.num_passes += 1
-        if self._inspects:
+        inspect = self._inspects
+        if inspect:
             self._safely(self._look_at_pass, tuple(outputs), args, kwargs)
+        if inspect or self._samples.asked:
+            self._safely(self._look_at_trained, inspect)
         self._tape.take()
         self._backward += 1
         try:
@@ -339,30 +370,36 @@ class Observer:
         finally:
             self._backward -= 1
 
+    def _look_at_trained(self, inspect: bool) -> None:
+        self._samples.trained(self.record.num_steps, inspect=inspect)
+
+    def _count_samples(self) -> None:
+        self.record.samples = self._samples.facts()
+
     def _look_at_pass(self, roots: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         gradients = tuple(args[0]) if args and args[0] is not None else (None,) * len(roots)
         inputs = args[3] if len(args) > 3 else kwargs.get("inputs")
         accumulates = bool(kwargs.get("accumulate_grad", False))
-        variables = _variables(roots)
-        self._find_models(variables)
+        found = variables(roots)
+        self._find_models(found)
         if inputs:
             wanted = {id(each) for each in inputs if isinstance(each, Tensor)}
-            variables = {number: each for number, each in variables.items() if number in wanted}
-        reached = frozenset(variables.keys() & self._by_parameter.keys())
+            found = {number: each for number, each in found.items() if number in wanted}
+        reached = frozenset(found.keys() & self._by_parameter.keys())
         self._reached(reached, accumulates)
         given = self._tape.given()
         forced = tuple(
             tuple(each.shape)
-            for number, each in variables.items()
+            for number, each in found.items()
             if not isinstance(each, nn.Parameter) and number not in given and given
         )
         replay, why = self._replay(roots, gradients)
         self._passes_in_step += 1
         steps = self.record.num_steps
-        found = PassFact(steps, caller(), accumulates, reached, replay, why, forced, kernels_active())
+        fact = PassFact(steps, caller(), accumulates, reached, replay, why, forced, kernels_active())
         if replay is not None:
-            self._let_go_of_those_like(found)
-        self.record.passes.append(found)
+            self._let_go_of_those_like(fact)
+        self.record.passes.append(fact)
 
     def _let_go_of_those_like(self, found: PassFact) -> None:
         """Of passes that are alike only the latest is kept, for each holds a batch."""
@@ -370,16 +407,16 @@ class Observer:
             if each.replay is not None and (each.place, each.reached) == (found.place, found.reached):
                 each.replay, each.unrecorded = None, "a later pass stands for it"
 
-    def _find_models(self, variables: dict[int, Tensor]) -> None:
+    def _find_models(self, reached: dict[int, Tensor]) -> None:
         """Take in the models of parameters that were reached without a call of a module (compiled ones, say)."""
-        for number, variable in variables.items():
+        for number, variable in reached.items():
             if number not in self._by_parameter and isinstance(variable, nn.Parameter):
                 module = holding(variable)
                 if module is not None:
                     self._model_of(_unwrapped(module), compiled=_is_compiled(module))
 
     def _look_inside_pass(self, roots: tuple[Any, ...]) -> None:
-        reached = frozenset(_variables(roots).keys() & self._by_parameter.keys())
+        reached = frozenset(variables(roots).keys() & self._by_parameter.keys())
         self._reached(reached, accumulates=True)
         if self.record.passes:
             self.record.passes[-1].reached |= reached
@@ -403,6 +440,7 @@ class Observer:
         plain = tuple(None if g is None or g.numel() == 1 else g.detach() for g in gradients)
         self._tape_thread = 0
         replay = Replay(entries, self._tape._roots, plain, used, trainable, snapshot(used))
+        self._samples.expect(Counter(id(entry.function) for entry in entries if entry.is_model))
         self._tape.drop()
         self._used.clear()
         return replay, ""
@@ -446,6 +484,30 @@ class Observer:
         finally:
             checkpoints.pop()
 
+    # -- several processes ---------------------------------------------------------------------------------------------
+
+    def _process_starts(self, original: Any, process: Any) -> Any:
+        self._processes += self._here
+        return original(process)
+
+    def _note_processes(self) -> None:
+        if self._child_trained[0]:
+            self._note("a process that the script forked trained too: what it did was not seen")
+        elif self._processes and not self.record.num_passes:
+            self._note(f"the script started {self._processes} other processes: what they did was not seen")
+
+    def _spread(self, original: Any, wrapper: Any, parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        """Of a DistributedDataParallel that is being made: the parameters whose gradients it is to exchange."""
+        if self._here:
+            exchanged = frozenset(map(id, parameters))
+            self.record.wraps[id(wrapper.module)] = WrapFact(caller(), exchanged)
+        return original(wrapper, parameters, *args, **kwargs)
+
+    def _group_ends(self, original: Any, group: Any = None) -> Any:
+        if self._here and is_world(group):
+            self._safely(self._ranks.meet)
+        return original(group)
+
     def _safely(self, look: Callable[..., None], *args: Any) -> None:
         """What goes wrong in our looking is a note, and never the script's trouble."""
         try:
@@ -461,7 +523,7 @@ class Observer:
 
 def _replaced(owner: Any, name: str, wrapper: Callable[..., Any], *, static: bool = False) -> Any:
     """``owner.name`` with ``wrapper(original, ...)`` in its place; nothing where there is no such thing."""
-    original = owner.__dict__.get(name)
+    original = getattr(owner, "__dict__", {}).get(name)
     if original is None:
         return nullcontext()
     plain = original.__func__ if isinstance(original, staticmethod) else original
@@ -474,17 +536,18 @@ def _replaced(owner: Any, name: str, wrapper: Callable[..., Any], *, static: boo
     return mock.patch.object(owner, name, staticmethod(run) if static else run)
 
 
-def _variables(roots: tuple[Any, ...]) -> dict[int, Tensor]:
-    """The leaves that a graph leads to, by id."""
-    starts = [root.grad_fn if isinstance(root, Tensor) else root.node for root in roots]
-    return {id(node.variable): node.variable for node in graph(starts) if hasattr(node, "variable")}
-
-
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module inside what compiles it, or spreads it over devices."""
     name = _WRAPPERS.get(type(module).__name__)
     inner = None if name is None else getattr(module, name, None)
     return _unwrapped(inner) if isinstance(inner, nn.Module) else module
+
+
+def _is_row_by_row(args: tuple[Any, ...], result: Any) -> bool:
+    """Whether one tensor was given and one returned, with as many rows."""
+    if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(result, Tensor):
+        return False
+    return bool(args[0].dim() and result.dim() and args[0].shape[0] == result.shape[0])
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -81,6 +81,7 @@ class ModuleFact:
         training: calls in train mode.
         from_trained: calls with an argument that required grad.
         checkpointed: calls inside of a reentrant checkpoint none of whose inputs required grad.
+        plain: whether every call took one tensor and returned one, of as many rows.
     """
 
     name: str
@@ -90,6 +91,7 @@ class ModuleFact:
     training: int = 0
     from_trained: int = 0
     checkpointed: int = 0
+    plain: bool = True
 
 
 @dataclass(eq=False)
@@ -196,11 +198,54 @@ class LeakFact:
     weight_decay: float
 
 
+@dataclass(frozen=True)
+class SamplesFact:
+    """What a model was trained on: how many samples, each counted once a step, and how many different ones.
+
+    Only of steps in which what is frozen in it was computed.
+    """
+
+    total: int
+    different: int
+
+    @property
+    def share_again(self) -> float:
+        """How much of it had been seen in an earlier step."""
+        return 1 - self.different / self.total
+
+
+@dataclass(frozen=True)
+class WrapFact:
+    """A module put into ``DistributedDataParallel``: where, and the parameters whose gradients that exchanges."""
+
+    place: Place | None
+    exchanged: frozenset[int]
+
+
+@dataclass(frozen=True)
+class ApartFact:
+    """A parameter that ends with other values on other ranks.
+
+    Attributes:
+        ranks: those on which it is not what it is on rank 0.
+        began_together: it was the same there when it was first seen.
+        norm, other_norm: on rank 0, and on the first of these.
+    """
+
+    parameter: int
+    ranks: tuple[int, ...]
+    began_together: bool
+    norm: float
+    other_norm: float
+
+
 @dataclass(eq=False)
 class Record:
     """Everything that was seen of one script.
 
-    ``stray``: ids of parameters of no model that an optimizer holds and that had a gradient.
+    ``stray``: ids of parameters of no model that an optimizer holds and that had a gradient. ``samples``: by the id of
+    the module that was called, where a sizeable part of it is frozen. ``wraps``: by the id of the module inside.
+    ``apart``: what rank 0 learnt of the others' parameters.
     """
 
     name: str = "the block"
@@ -214,6 +259,11 @@ class Record:
     num_steps: int = 0
     checkpoint_places: Counter[Place] = field(default_factory=Counter)
     stray: set[int] = field(default_factory=set)
+    samples: dict[int, SamplesFact] = field(default_factory=dict)
+    rank: int = 0
+    num_ranks: int = 1
+    wraps: dict[int, WrapFact] = field(default_factory=dict)
+    apart: list[ApartFact] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ended: str = ""
 

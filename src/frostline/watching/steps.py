@@ -7,11 +7,17 @@ import io
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+
+from frostline.costing.calibration import recall
 from frostline.costing.cost import Cost
 from frostline.costing.entry import bits_of, forward_entry
+from frostline.costing.optimizers import optimizer_model
 from frostline.subsets import Subset
 from frostline.tracing.trace import Trace, trace
+from frostline.watching.ranks import alone
 from frostline.watching.record import PassFact, Record
 from frostline.watching.tape import Replay, Together
 
@@ -23,12 +29,14 @@ class TracedPass:
     Attributes:
         names: id of a parameter -> its name in the trace.
         now: the parameters that required grad, by name in the trace.
+        optimizer: what steps them.
     """
 
     fact: PassFact
     trace: Trace
     names: dict[int, str]
     now: tuple[str, ...]
+    optimizer: Any
     _costs: dict[tuple[tuple[str, ...], str], Cost | None] = field(default_factory=dict)
 
     def cost(self, names: Iterable[str] | None = None, method: str = "freeze") -> Cost | None:
@@ -43,8 +51,8 @@ class TracedPass:
         if not chosen:
             return None
         shapes = {name: tuple(self.trace.parameters[name].shape) for name in chosen}
-        with _unseen(), contextlib.suppress(Exception):
-            return self.trace.cost(Subset(chosen, shapes=shapes), method=method)
+        with _unseen(), alone(), contextlib.suppress(Exception):
+            return self.trace.cost(Subset(chosen, shapes=shapes), method, self.optimizer)
         return None
 
     def without(self, numbers: Iterable[int], method: str = "freeze") -> Cost | None:
@@ -72,10 +80,15 @@ class TracedPass:
 
 
 class Steps:
-    """Traces the recorded passes of a record when they are first asked for."""
+    """Traces the recorded passes of a record when they are first asked for.
 
-    def __init__(self, record: Record) -> None:
+    Args:
+        time: take the time of their ops, as far as it is not known; else seconds are known where all timings are.
+    """
+
+    def __init__(self, record: Record, *, time: bool = False) -> None:
         self.record = record
+        self.time = time
         self.notes: list[str] = []
         self._traced: dict[int, TracedPass | None] = {}
 
@@ -110,17 +123,36 @@ class Steps:
         replay = fact.replay
         assert replay is not None
         try:
-            with _unseen(), replay.as_recorded(), changed or contextlib.nullcontext():
+            with _unseen(), alone(), replay.as_recorded(), changed or contextlib.nullcontext():
                 found = traced(replay, self._called(replay.models))
                 names = {id(p): name for name, p in found.parameters.items()}
                 now = tuple(name for number, name in names.items() if number in replay.trainable)
-                result = TracedPass(fact, found, names, now)
-                result.cost()  # while the model is as it was
+                result = TracedPass(fact, found, names, now, self._optimizer())
+                cost = result.cost()  # while the model is as it was
+                if cost is not None:
+                    self._calibrate(result, cost)
         except Exception as error:
             said = str(error).partition("\n")[0]
             self.notes.append(f"a step could not be traced ({type(error).__name__}: {said}), so it has no figures")
             return None
         return result
+
+    def _calibrate(self, traced: TracedPass, cost: Cost) -> None:
+        if self.time:
+            traced.trace.calibrate([cost], traced.optimizer)
+        else:
+            recall(traced.trace, [cost], traced.optimizer)
+
+    def _optimizer(self) -> Any:
+        """The class of the script's optimizer (the first that stepped), if it is torch's and steps any parameter."""
+        kinds = [type(each.optimizer) for each in self.record.stepped]
+        if not kinds or not kinds[0].__module__.startswith("torch.optim"):
+            return "adamw"
+        try:
+            optimizer_model(kinds[0]).state_bytes(torch.zeros(1))
+        except Exception:  # LBFGS, and those of sparse gradients, or of matrices alone
+            return "adamw"
+        return kinds[0]
 
     def _called(self, models: tuple[object, ...]) -> list[str]:
         return called_in(self.record, models)

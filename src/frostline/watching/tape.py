@@ -18,16 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from frostline.running.kept import graph
+
 _WRITERS = ("__setitem__", "copy_")
 _MOST_ENTRIES = 2000
+_MOST_IDLE = 8  # calls of models of which no gradient came
 
 
 @dataclass(frozen=True)
 class _Made:
-    """Stands for one tensor of an entry's result; ``position`` None for the result as a whole."""
+    """Stands for one tensor of an entry's result; ``position`` None for the result as a whole.
+
+    ``graph``: whether it had one. What gets one later came out of an ``autograd.Function``, which is not seen.
+    """
 
     entry: int
     position: int | None
+    graph: bool = False
 
 
 @dataclass(eq=False)
@@ -41,6 +48,7 @@ class Entry:
     autocast: tuple[str, torch.dtype] | None
     is_model: bool
     writes: bool = False
+    unexplained: bool = False  # it was given what comes of a model's parameters, but out of no call that was seen
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with ExitStack() as stack:
@@ -52,7 +60,7 @@ class Entry:
 
 
 def leaves(value: Any) -> Iterator[Tensor]:
-    """The tensors inside tuples, lists, mappings and dataclasses, in order."""
+    """The tensors inside tuples, lists, mappings, dataclasses and distributions, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -64,19 +72,33 @@ def leaves(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, (type, _Made)):
         for each in dataclasses.fields(value):
             yield from leaves(getattr(value, each.name, None))
+    elif isinstance(value, torch.distributions.Distribution):
+        yield from leaves(vars(value))
+
+
+def variables(roots: tuple[Any, ...]) -> dict[int, Tensor]:
+    """The leaves that a graph leads to, by id."""
+    starts = [root.grad_fn if isinstance(root, Tensor) else root.node for root in roots]
+    return {id(node.variable): node.variable for node in graph(starts) if hasattr(node, "variable")}
 
 
 class Tape(TorchFunctionMode):
-    """Records calls from when it is put in place; `sealed` gives what one backward pass depends on."""
+    """Records calls from when it is put in place; `sealed` gives what one backward pass depends on.
 
-    def __init__(self) -> None:
+    Args:
+        parameters: those of the models, by id; more may come.
+    """
+
+    def __init__(self, parameters: Mapping[int, Any]) -> None:
         super().__init__()
+        self._parameters = parameters
         self.armed = False
         self.entries: dict[int, Entry] = {}  # by number, in order
         self._next = 0
         self._made: dict[int, _Made] = {}  # by id of a tensor or of a whole result
         self._alive: list[Any] = []
-        self._weak: dict[int, list[weakref.ref[Tensor]]] = {}  # of entries without gradients: their results
+        self._strange = False  # something of the entry being made is `unexplained`
+        self._weak: dict[int, list[weakref.ref[Tensor]]] = {}  # of entries that need no gradient: their results
 
     # -- in place or not: always below the user's own modes, so that theirs can be left in any order -------------------
 
@@ -124,15 +146,17 @@ class Tape(TorchFunctionMode):
         self._add(entry, result)
 
     def _add(self, entry: Entry, result: Any) -> None:
-        if len(self.entries) >= _MOST_ENTRIES:
+        entry.unexplained, self._strange = self._strange, False
+        idle = sum(self.entries[number].is_model for number in self._weak)
+        if len(self.entries) >= _MOST_ENTRIES or (entry.is_model and idle >= _MOST_IDLE):
             self.drop()
         number = self._next
         self._next += 1
         self.entries[number] = entry
         tensors = list(leaves(result))
         for position, tensor in enumerate(tensors):
-            self._made[id(tensor)] = _Made(number, position)
-        if not entry.grad:  # an evaluation, most often: its batches must not pile up
+            self._made[id(tensor)] = _Made(number, position, tensor.grad_fn is not None)
+        if not any(tensor.requires_grad for tensor in tensors):  # an evaluation, most often: batches must not pile up
             self._weak[number] = [weakref.ref(t, functools.partial(_forget, self._made, id(t))) for t in tensors]
             self._prune()
             return
@@ -141,7 +165,7 @@ class Tape(TorchFunctionMode):
             self._made[id(result)] = _Made(number, None)
 
     def _prune(self) -> None:
-        """Drop the calls without gradients whose results nobody can use any more."""
+        """Drop the calls that need no gradient and whose results nobody can use any more."""
         used = {ref.entry for entry in self.entries.values() for ref in _references((entry.args, entry.kwargs))}
         for number, results in list(self._weak.items()):
             if number not in used and all(each() is None for each in results):
@@ -151,10 +175,12 @@ class Tape(TorchFunctionMode):
         """``value`` with references in place of what entries before made."""
         found = self._made.get(id(value))
         if found is not None:
+            self._strange |= isinstance(value, Tensor) and value.grad_fn is not None and not found.graph
             return found
-        if isinstance(value, Tensor):
-            return value.detach().requires_grad_(value.requires_grad) if value.grad_fn is not None else value
-        return _rebuilt(value, self._referred)
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            self._strange |= not self._parameters.keys().isdisjoint(variables((value,)))
+            return value.detach().requires_grad_()
+        return value if isinstance(value, Tensor) else _rebuilt(value, self._referred)
 
     def given(self) -> set[int]:
         """Ids of the tensors that the calls were given from elsewhere."""
@@ -165,15 +191,17 @@ class Tape(TorchFunctionMode):
         self.entries, self._made, self._alive, self._weak = {}, {}, [], {}
 
     def sealed(self, roots: tuple[Any, ...]) -> list[Entry] | None:
-        """The entries that ``roots`` depend on, and what stands for these at the end; None if they were not seen."""
+        """The entries that ``roots`` depend on, and what stands for these at the end; None if not all was seen."""
         refs = [self._made.get(id(root)) for root in roots]
-        if any(ref is None for ref in refs):
+        if any(ref is None or not ref.graph for ref in refs):
             return None
         needed: set[int] = {ref.entry for ref in refs if ref is not None}
         for number in sorted(self.entries, reverse=True):
             if number in needed:
                 entry = self.entries[number]
                 needed.update(ref.entry for ref in _references((entry.args, entry.kwargs)))
+        if any(self.entries[number].unexplained for number in needed):
+            return None
         order = sorted(needed)
         renumbered = {number: at for at, number in enumerate(order)}
 

@@ -12,12 +12,12 @@ from frostline.errors import FrostlineError
 from frostline.watching.finding import Figures, Finding, Level
 from frostline.watching.observer import Observer
 from frostline.watching.record import ParameterFact, Record
-from frostline.watching.rules import rules
+from frostline.watching.rules import Rule, rules
 from frostline.watching.steps import Steps
 from frostline.watching.values import ValueFact
 
 
-def watch(*, ignore: Iterable[str] = (), values: bool = False) -> Watch:
+def watch(*, ignore: Iterable[str] = (), values: bool = False, time: bool = False) -> Watch:
     """Watch the training in a ``with`` block; afterwards it says what was found.
 
     >>> import torch, frostline as fl
@@ -33,6 +33,8 @@ def watch(*, ignore: Iterable[str] = (), values: bool = False) -> Watch:
     Args:
         ignore: ids of rules that are not to be asked.
         values: also note what flows through the modules: shapes, values, gradients, updates. The report has a table.
+        time: after the block, time the ops of its step, so that findings have seconds. Without it they have them where
+            `frostline.Trace.calibrate` has timed all of these ops before.
 
     What runs in it is not changed: no random number is drawn, no tensor of yours is written, and the hooks are taken
     away at the end. ``print(seen)`` is the report, ``seen.to_dict()`` the data.
@@ -40,7 +42,7 @@ def watch(*, ignore: Iterable[str] = (), values: bool = False) -> Watch:
     Raises:
         FrostlineError: there is no such rule.
     """
-    return Watch(ignore=ignore, values=values)
+    return Watch(ignore=ignore, values=values, time=time)
 
 
 class Watch:
@@ -53,6 +55,7 @@ class Watch:
         on_step: Callable[[int], None] | None = None,
         *,
         values: bool = False,
+        time: bool = False,
     ) -> None:
         self.record = Record(name)
         self._ignored = frozenset(ignore)
@@ -61,7 +64,7 @@ class Watch:
             known = ", ".join(rule.id for rule in rules())
             raise FrostlineError(f"there is no rule {unknown[0]!r}; there is {known}")
         self._observer = Observer(self.record, on_step, values=values)
-        self._steps = Steps(self.record)
+        self._steps = Steps(self.record, time=time)
         self._findings: tuple[Finding, ...] | None = None
         self.open = False
 
@@ -89,15 +92,17 @@ class Watch:
         if self.open:
             raise FrostlineError("the findings are known when the block has ended")
         if self._findings is None:
-            found = [
-                finding
-                for rule in rules()
-                if rule.id not in self._ignored
-                for finding in rule.find(self.record, self._steps)
-            ]
+            found = [finding for rule in rules() if rule.id not in self._ignored for finding in self._ask(rule)]
             order = list(Level)
             self._findings = tuple(sorted(found, key=lambda finding: order.index(finding.level)))
         return self._findings
+
+    def _ask(self, rule: Rule) -> list[Finding]:
+        try:
+            return list(rule.find(self.record, self._steps))
+        except Exception as error:  # a mistake of ours must not take the other findings away
+            self.record.notes.append(f"the rule {rule.id} failed ({type(error).__name__}: {error})")
+            return []
 
     @property
     def is_clean(self) -> bool:
@@ -119,10 +124,16 @@ class Watch:
         return sum(each.step == usual.fact.step and each.accumulates for each in self.record.passes)
 
     @property
-    def fixed(self) -> Cost | None:
-        """The step with everything frozen that the findings' fixes freeze."""
+    def fixed(self) -> Figures | None:
+        """The step with everything frozen that the findings' fixes freeze, and without what they keep."""
         usual = self._steps.usual()
-        return None if usual is None else usual.without({n for finding in self.findings for n in finding.freezes})
+        cost = None if usual is None else usual.without({n for finding in self.findings for n in finding.freezes})
+        if cost is None:
+            return None
+        figures = Figures.of(cost)
+        for finding in self.findings:
+            figures = figures.skipping(finding.skips_flops, finding.skips_seconds)
+        return figures
 
     def who_trains(self) -> list[dict[str, Any]]:
         """Trained, the rest and buffers, each with how many tensors and numbers, and what happened to them."""
@@ -173,7 +184,3 @@ def _row(who: str, facts: list[ParameterFact]) -> dict[str, Any]:
         "got_gradient": sum(fact.got_gradient for fact in facts),
         "moved": sum(fact.moved for fact in facts),
     }
-
-
-def figures(cost: Cost | None) -> Figures | None:
-    return None if cost is None else Figures.of(cost)

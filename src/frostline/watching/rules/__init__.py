@@ -22,6 +22,7 @@ class Rule:
 def rules() -> tuple[Rule, ...]:
     """Every rule, those of what is wrong first."""
     from frostline.watching.rules import (
+        cacheable_prefix,
         checkpoint_blocks_grad,
         clip_covers_unowned,
         early_param_forces_backward,
@@ -32,6 +33,7 @@ def rules() -> tuple[Rule, ...]:
         grad_off_over_trainable,
         never_updated,
         partial_mask_leak,
+        ranks_differ,
         stale_optimizer,
         stochastic_frozen,
         tied_surprise,
@@ -41,7 +43,8 @@ def rules() -> tuple[Rule, ...]:
 
     modules = (
         frozen_norm_drift, never_updated, grad_off_over_trainable, checkpoint_blocks_grad, frozen_moved, freeze_missed,
-        clip_covers_unowned, stale_optimizer, partial_mask_leak, unowned_grad,
-        early_param_forces_backward, forced_input_grad, tied_surprise, unneeded_saved_tensors, stochastic_frozen,
+        clip_covers_unowned, stale_optimizer, partial_mask_leak, ranks_differ, unowned_grad,
+        early_param_forces_backward, forced_input_grad, tied_surprise, unneeded_saved_tensors, cacheable_prefix,
+        stochastic_frozen,
     )  # fmt: skip
     return tuple(module.RULE for module in modules)

@@ -29,13 +29,18 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
     unused = {number for model in record.models for number, fact in model.parameters.items() if is_unused(fact)}
     names = [name for number, name in usual.names.items() if name in usual.now and number not in unused]
     numbers = sum(usual.trace.parameters[name].numel() for name in names)
-    total = sum(parameter.numel() for parameter in usual.trace.parameters.values())
+    total = sum(fact.numel for model in _with_any(record, usual, names) for fact in model.parameters.values())
     cost = usual.cost(names)
     if cost is None or numbers > (1 - MOSTLY_FROZEN) * total:
         return
     change = early_parameters(cost)
     if change is not None and change.step_flops >= WORTH * cost.step_flops:
         yield from _findings(record, usual, change, unused)
+
+
+def _with_any(record: Record, usual: TracedPass, names: list[str]) -> list[ModelFact]:
+    """The models in which any of these trains: a teacher beside them is no part of a network that is mostly frozen."""
+    return [each for each in record.models if any(usual.names.get(number) in names for number in each.parameters)]
 
 
 def _findings(record: Record, usual: TracedPass, change: Change, unused: set[int]) -> Iterator[Finding]:

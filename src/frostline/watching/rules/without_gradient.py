@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
+from torch import nn
+
+from frostline.subsets.names import prefixes, within
 from frostline.watching.record import ModelFact, ModuleFact, OptimizerFact, ParameterFact, Record
 from frostline.watching.wording import optimizers_of
 
@@ -46,7 +49,13 @@ def was_off(module: ModuleFact | None) -> bool:
 
 
 def may_be_routed(model: ModelFact, fact: ParameterFact) -> bool:
-    """Whether a parameter has a twin elsewhere in a numbered list that did get a gradient: an expert, say."""
+    """Whether its turn may come: it has a twin in a numbered list that did get a gradient (an expert, say), or it lies
+    in a ``ModuleDict`` in which something else did (a task's head).
+    """
+    modules = {each.name: each.module for each in model.modules.values()}
+    for around in prefixes(fact.name):
+        if isinstance(modules.get(around), nn.ModuleDict):
+            return any(other.got_gradient and within(other.name, around) for other in model.parameters.values())
     for match in re.finditer(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", fact.name):
         pattern = re.compile(re.escape(fact.name[: match.start()]) + r"\d+" + re.escape(fact.name[match.end() :]))
         for other in model.parameters.values():

@@ -1,0 +1,79 @@
+"""Findings have seconds where all ops of the step were timed before, or where asked for; never by themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.watching.faults import FAULTS
+from tests.watching.look_alikes import HEAD
+from tests.watching.watching import only, watched, write
+
+from frostline.probing.stopwatch import Stopwatch
+from frostline.watching.finding import Finding
+from frostline.watching.script import Script
+from frostline.watching.watch import Watch
+
+
+def timed(path: Path) -> Watch:
+    script, seen = Script(str(path), []), Watch(str(path), time=True)
+    with seen:
+        script.run(seen.close)
+    return seen
+
+
+def no_time(*_args: object, **_kwargs: object) -> None:
+    raise AssertionError("something was timed")
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "cache"))
+    return write(tmp_path, HEAD + FAULTS["the optimizer gets one layer"].source)
+
+
+def seconds(finding: Finding) -> tuple[float | None, float | None]:
+    assert finding.now is not None
+    assert finding.fixed is not None
+    return finding.now.step_seconds, finding.fixed.step_seconds
+
+
+def test_nothing_is_timed_unasked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stopwatch, "time", no_time)
+    monkeypatch.setattr(Stopwatch, "time_call", no_time)
+    seen, _ = watched(path)
+    assert seconds(only(seen, "unowned-grad")) == (None, None)
+    assert not (path.parent / "cache").exists() or not list((path.parent / "cache").glob("timings*"))
+    assert " predicted" not in str(seen)
+
+
+def test_what_was_timed_before_gives_seconds_and_nothing_is_timed_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, fixed = seconds(only(timed(path), "unowned-grad"))
+    assert now is not None
+    assert fixed is not None
+    assert 0 < fixed < now
+    monkeypatch.setattr(Stopwatch, "time", no_time)
+    monkeypatch.setattr(Stopwatch, "time_call", no_time)
+    seen, _ = watched(path)
+    again, again_fixed = seconds(only(seen, "unowned-grad"))
+    assert again is not None
+    assert again_fixed is not None
+    assert 0 < again_fixed < again
+    assert " predicted" in str(seen)
+
+
+def test_seconds_of_what_is_kept_are_those_of_its_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the fix leaves out is the forward's own time but for the head's; the backward stays as it is."""
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "cache"))
+    seen = timed(write(tmp_path, HEAD + FAULTS["a frozen body over the same samples"].source))
+    now, fixed = seconds(only(seen, "cacheable-prefix"))
+    assert now is not None
+    assert fixed is not None
+    assert seen.now is not None
+    parts = seen.now.seconds
+    assert parts is not None
+    assert 0 < now - fixed < parts.forward + parts.overhead
+    assert seen.fixed is not None
+    assert seen.fixed.step_seconds == fixed

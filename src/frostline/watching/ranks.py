@@ -40,7 +40,8 @@ class Ranks:
         if self._store is not None or not _is_initialized():
             return
         self.record.rank, self.record.num_ranks = dist.get_rank(), dist.get_world_size()
-        self._store = dist.distributed_c10d.PrefixStore(f"frostline/{next(_sessions)}", dist.distributed_c10d._get_default_store())
+        c10d: Any = dist.distributed_c10d
+        self._store = c10d.PrefixStore(f"frostline/{next(_sessions)}", c10d._get_default_store())
         self._store.set(f"watched/{self.record.rank}", "")
 
     def meet(self) -> None:

@@ -93,7 +93,7 @@ class Study:
                     self.missing[label] = str(error)
                     console.print(f"left out: {label}, because {error}")
 
-    def clock(self, console: Console, rounds: int = 3) -> None:
+    def clock(self, console: Console, rounds: int = 2) -> None:
         """Take the seconds of a step of every row, turn by turn: runs that end up hours apart meet other conditions."""
         first = self.task.settings.seeds[0]
         labels = [label for label in self.labels if self.results.of(self.task.name, self.setting, label)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -158,10 +159,10 @@ def findings(found: Table) -> list[str]:
         behind = whole - mean
         where = (
             "above it" if behind <= 0
-            else "within one standard error" if behind <= margin**0.5
-            else f"{behind / margin**0.5:.1f} standard errors below" if margin else "below it"
+            else "within one standard error of the difference" if behind <= margin**0.5
+            else f"{behind / margin**0.5:.1f} standard errors of the difference below" if margin else "below it"
         )  # fmt: skip
-        text = f"{line.label}: {metric} {mean:.3f}, full training {whole:.3f}: {where} (of the difference)"
+        text = f"{line.label}: {metric} {mean:.3f}, full training {whole:.3f}: {where}"
         cheaper = [other for other in others if other.measured_seconds <= 1.1 * line.measured_seconds]
         if cheaper:
             best = max(cheaper, key=lambda other: other.of(metric)[0])
@@ -186,7 +187,7 @@ def write_page(task: Task, found: Table, folder: Path, missing: dict[str, str]) 
     text = [
         f"# {task.title}",
         "",
-        (task.__doc__ or "").strip(),
+        inspect.cleandoc(task.__doc__ or ""),
         "",
         f"Written by `python -m examples.studies.{task.name} --write`, which runs it: {found.setting}; rates "
         f"{', '.join(f'{rate:g}' for rate in task.settings.rates)}, the best by the validation examples and the first "

@@ -79,7 +79,7 @@ def in_two(tmp_path: Path, mode: str) -> tuple[subprocess.CompletedProcess[str],
 def test_ranks_that_train_together_give_no_finding_and_the_same_weights(mode: str, tmp_path: Path) -> None:
     done, data = in_two(tmp_path, mode)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "done\n" * 2
+    assert done.stdout.replace("\n", "") == "done" * 2  # (the two may write into one line)
     assert [finding["rule"] for finding in data["findings"]] == []
     assert data["notes"] == []
     assert data["now"]["step_flops"] > 0

@@ -1,7 +1,7 @@
 """Several processes that train together: which of them this is, and whether they end with the same parameters.
 
 They meet in the process group's own store, at the latest moment at which all of them still have it: when the script
-destroys the group, or else at the end. Only ranks that are watched themselves are waited for.
+destroys the group, or else at the end. Ranks that are not watched themselves are not waited for long.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from frostline.watching.record import ApartFact, ParameterFact, Record
 
 _PATIENCE = 30.0
 """Seconds that rank 0 waits for the others."""
+_BEGINS_WITHIN = 10.0
+"""... for one that has not begun when rank 0 has ended: it is behind, or not watched."""
 _sessions = itertools.count()
 
 
@@ -66,9 +68,8 @@ class Ranks:
 
     def _hear(self, rank: int, deadline: float) -> dict[str, Any] | None:
         """What another rank says; None if it is not watched, or says nothing in time."""
-        if not self._store.check([f"watched/{rank}"]):
-            return None
         with suppress(RuntimeError):  # (a timeout, or a store that is gone)
+            self._store.wait([f"watched/{rank}"], timedelta(seconds=_BEGINS_WITHIN))
             self._store.wait([f"said/{rank}"], timedelta(seconds=max(0.1, deadline - time.monotonic())))
             said: dict[str, Any] = json.loads(self._store.get(f"said/{rank}"))
             return said

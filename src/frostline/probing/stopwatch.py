@@ -33,7 +33,7 @@ _ENOUGH = 0.06  # seconds of calls to collect for one op
 _LONG = 1.5  # seconds: what takes this long is not run again only to be sure
 MOST_SAMPLES = 25
 _BETWEEN_BYTES = 28 << 20  # that a step's other ops touch until the same scratch memory is used again
-_COOLED_SAMPLES = 9  # reading that much takes longer than most calls
+COOLED_SAMPLES = 9  # reading that much takes longer than most calls
 _LEFT_BY_FORWARD = ("workspace", "reserve")  # arguments that a kernel trusts to be what its forward left for it
 _SHORT = 2e-4  # seconds; calls shorter than this are timed several at a time
 
@@ -131,7 +131,7 @@ class Stopwatch:
         samples: list[float] = [once] if once > _LONG else []
         spent = sum(samples)
         cools = cool is not None and at_a_time == 1
-        most = min(MOST_SAMPLES, _COOLED_SAMPLES) if cools else MOST_SAMPLES
+        most = min(MOST_SAMPLES, COOLED_SAMPLES) if cools else MOST_SAMPLES
         while len(samples) < most and (spent < _ENOUGH or (len(samples) < 3 and spent < _LONG)):
             if cool is not None and cools:
                 cool()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def in_two(tmp_path: Path, mode: str) -> tuple[subprocess.CompletedProcess[str],
     folder.mkdir()
     report = tmp_path / "found.json"
     done = torchrun("-m", "frostline", "watch", "--json", str(report), str(path), mode, str(folder))
-    assert done.stderr.count("watched ") == 1
+    assert len(re.findall(r"^watched\s", done.stderr, re.MULTILINE)) == 1
     return done, json.loads(report.read_text())
 
 

@@ -180,7 +180,7 @@ def test_findings_say_so_when_a_plan_loses(tmp_path: Path):
         ]
         lines.append(report.Line(label, 0.1, runs))
     (said,) = report.findings(report.Table(task, "here", lines, []))
-    assert "standard errors below" in said
+    assert "standard errors of the difference below" in said
     assert "not above the best of last-k" in said
     better = [*lines[:2], report.Line("plan 50 %, taylor", 0.1, lines[0].runs)]
     (said,) = report.findings(report.Table(task, "here", better, []))

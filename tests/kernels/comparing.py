@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from frostline.kernels import lean_kernels
+from frostline.kernels import Kept, lean_kernels
 
 SPECIAL = (float("inf"), -float("inf"), float("nan"), -0.0, 0.0, 1e-40, -1e-40, 6.0, -1.0, 1.0)
 
@@ -62,6 +62,16 @@ def storages(tensors: Sequence[Tensor]) -> set[int]:
     return {t.untyped_storage()._cdata for t in tensors}
 
 
+def _saved(node: object) -> list[object]:
+    """What a node of torch's own saved, or what hooks made of it: a tensor left out is none."""
+    found: list[object] = []
+    for name in dir(node):
+        if name.startswith("_raw_saved_"):
+            raw = getattr(node, name)
+            found += [each.data for each in (raw if isinstance(raw, tuple | list) else [raw])]
+    return [each.tensor if isinstance(each, Kept) else each for each in found]
+
+
 def kept_nbytes(result: Tensor, own: Sequence[Tensor] = ()) -> int:
     """Bytes of the distinct storages that the graph of ``result`` holds, but for those of ``own`` tensors."""
     seen: dict[int, int] = {}
@@ -73,8 +83,7 @@ def kept_nbytes(result: Tensor, own: Sequence[Tensor] = ()) -> int:
         nodes.add(node)
         stack += [below for below, _ in node.next_functions]
         holder = getattr(node, "holder", None)
-        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-        saved += [*getattr(node, "saved_tensors", ())] if hasattr(node, "needs_input_grad") else []
+        saved = [*getattr(node, "saved_tensors", ())] if hasattr(node, "needs_input_grad") else _saved(node)
         saved += [] if holder is None else [holder.kept]
         for value in saved:
             for t in value if isinstance(value, tuple | list) else [value]:

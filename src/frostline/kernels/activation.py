@@ -18,6 +18,7 @@ from .bits import let_through, pack_bits, packed_nbytes, unpack_bits
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
+from .leaving_out import users_hooks
 from .unread import Looks
 from .unseen import aside
 
@@ -104,7 +105,7 @@ def _backward(op: Any, gradient: Tensor, kept: Tensor, args: Sequence[Any], *, s
 def _run(op: Any, gate: Gate, input: Tensor, *how: Any) -> Any:
     if op._schema.is_mutable and (input._is_view() or input.is_leaf):
         raise NotCoveredError("written in place to a view or a leaf")
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if users_hooks() is not None:
         raise NotCoveredError("saved-tensor hooks are to see what is kept")
     looks = Looks.of(input)
     if not looks.is_dense:

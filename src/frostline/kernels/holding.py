@@ -136,13 +136,7 @@ class Holder:
         kept = self.kept
         assert kept is not None, "torch raises at the second backward, before this"
         if not self.is_packed and kept._version != self._version:
-            kind = f"{kept.type()} {list(kept.shape)}"
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{kind}], which {self._name}, is at version {kept._version}; expected version {self._version} "
-                "instead. Hint: enable anomaly detection to find the operation that failed to compute its gradient, "
-                "with torch.autograd.set_detect_anomaly(True)."
-            )
+            raise modified(kept, self._version, self._name)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self.clear()
         return kept
@@ -153,6 +147,17 @@ class Holder:
 
     def __del__(self) -> None:
         self._forget()
+
+
+def modified(tensor: Tensor, expected: int, which: str = "") -> RuntimeError:
+    """What eager raises where a saved tensor was written to since."""
+    kind = f"{tensor.type()} {list(tensor.shape)}"
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{kind}]{f', which {which},' if which else ''} is at version {tensor._version}; expected version {expected} "
+        "instead. Hint: enable anomaly detection to find the operation that failed to compute its gradient, "
+        "with torch.autograd.set_detect_anomaly(True)."
+    )
 
 
 def look_again() -> None:

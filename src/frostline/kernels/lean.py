@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .holding import Holder, collected, look_again
+from .leaving_out import LeaveOut, hooks_disabled
 
 _TLS = "frostline.kernels"  # torch carries objects stashed under a name to the engine's threads
 _KEYS = {"AutogradCPU": DispatchKey.AutogradCPU, "AutogradCUDA": DispatchKey.AutogradCUDA}
@@ -42,7 +43,11 @@ class NotCoveredError(Exception):
 
 
 def replaces(*names: str) -> Callable[[Rule], Rule]:
-    """Register what ops of ``aten`` do instead; it returns `NotImplemented` where torch's own kernel keeps no more."""
+    """Register what ops of ``aten`` do instead.
+
+    A rule is called with the op and all its arguments. It returns the op's result; or a `LeaveOut`, under which torch's
+    own kernel is to run; or `NotImplemented` where that keeps no more than is read.
+    """
 
     def register(rule: Rule) -> Rule:
         for name in names:
@@ -175,6 +180,7 @@ def _uninstall() -> None:
 
 def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
     op = getattr(torch.ops.aten, name).default
+    redispatch = op._handle.redispatch_boxed
     defaults = [argument.default_value for argument in op._schema.arguments]
 
     def kernel(keyset: DispatchKeySet, *args: Any) -> Any:  # (those at the end may be left out)
@@ -187,17 +193,29 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
                     if not _is_plain_eager(tensors):
                         raise NotCoveredError(_why_not_plain(tensors))
                     result = rule(op, *args, *defaults[len(args) :])
+                    if isinstance(result, LeaveOut):
+                        if hooks_disabled():
+                            raise NotCoveredError("saved-tensor hooks are disabled")
+                        with result:
+                            return redispatch(_own(keyset, key), *args)
                     if result is not NotImplemented:
                         return result
                 except NotCoveredError as why:
                     run.fallbacks.setdefault(name, Counter())[str(why)] += 1
-        # (The Python dispatcher, which compilers turn on, would come back here by the key it finds itself.)
-        return op.redispatch(keyset.remove(key).remove(DispatchKey.PythonDispatcher) | _OWN, *args)
+        return redispatch(_own(keyset, key), *args)
 
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameAction.SKIP  # a compiler that comes upon it, between its graphs, is to leave it alone
     dynamo.set_code_exec_strategy(kernel.__code__, dynamo._FrameExecStrategy(skip, skip))
     return kernel
+
+
+def _own(keyset: DispatchKeySet, key: DispatchKey) -> DispatchKeySet:
+    """Where torch's own autograd kernel is found.
+
+    The Python dispatcher, which compilers turn on, would come back here by the key it finds itself.
+    """
+    return keyset.remove(key).remove(DispatchKey.PythonDispatcher) | _OWN
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)

@@ -15,43 +15,15 @@ from torch import Tensor
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
+from .leaving_out import LeaveOut, users_hooks
 from .unread import Looks, unread
 
 _aten = torch.ops.aten
 
 
-class AveragePool(Kernel):
-    @staticmethod
-    def forward(ctx: Any, op: Any, backward: Any, input: Tensor, how: Any, how_back: Any) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.op, ctx.how, ctx.looks = backward, how_back, Looks.of(input)
-        with below_autograd():
-            result = op(input, *how)
-        ctx.result_shape = result.shape
-        tie = anchor(input)
-        ctx.save_for_backward(tie)
-        return result, tie
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, of_anchor: Tensor | None) -> Any:
-        (tie,) = ctx.saved_tensors
-        if gradient is None and of_anchor is not None:
-            gradient = of_anchor.new_zeros(ctx.result_shape)
-        if gradient is None:
-            return (None,) * 5
-        return None, None, ctx.op(gradient, tied(unread(ctx.looks, gradient), tie), *ctx.how), None, None
-
-
-@replaces("avg_pool2d", "avg_pool3d")
-def average_pool(op: Any, input: Tensor, *how: Any) -> Any:
-    backward = _aten.avg_pool2d_backward if "2d" in op._schema.name else _aten.avg_pool3d_backward
-    return AveragePool.run(op, backward.default, input, how, how)[0]
-
-
-@replaces("_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
-def adaptive_average_pool(op: Any, input: Tensor, size: Any) -> Any:
-    backward = _aten._adaptive_avg_pool2d_backward if "2d" in op._schema.name else _aten._adaptive_avg_pool3d_backward
-    return AveragePool.run(op, backward.default, input, (size,), ())[0]
+@replaces("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
+def average_pool(_op: Any, input: Tensor, *_how: Any) -> Any:
+    return LeaveOut(input)
 
 
 class Windows:
@@ -145,7 +117,7 @@ def max_pool(op: Any, input: Tensor, kernel: Any, stride: Any, padding: Any, dil
         raise NotCoveredError("a place in its window takes more than a byte")
     if not windows.never_empty:
         raise NotCoveredError("a window may have no element of the input")
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = users_hooks()
     name = "is output 1 of MaxPool2DWithIndicesBackward0"
     holder = None if hooks is not None else current_run().holder(windows.pack, windows.unpack, name)
     result, indices, _anchor = MaxPool.run(op, windows, holder, input, kernel, stride, padding, dilation, ceil_mode)

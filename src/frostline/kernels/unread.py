@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import mmap
 import threading
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from .unseen import aside, unseen
+from .unseen import unseen
 
 _lock = threading.Lock()
 _memory = torch.UntypedStorage(0)
@@ -54,14 +55,27 @@ class Looks(NamedTuple):
 
 def unread(looks: Looks, beside: Tensor) -> Tensor:
     """A tensor that looks like ``looks``, on the device of ``beside`` and as fake as that; its contents mean little."""
+    return unread_later(looks, beside)()
+
+
+def unread_later(looks: Looks, beside: Tensor) -> Callable[[], Tensor]:
+    """What makes it."""
     if isinstance(beside, FakeTensor):
-        with unseen():
-            looking = torch.empty_strided(looks.shape, looks.stride, dtype=looks.dtype, device="meta")
-            return FakeTensor(beside.fake_mode, looking, beside.device)
+        return partial(_fake, looks, beside.fake_mode, beside.device)
     if beside.device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE"):
-        return _on_cpu(looks)
-    with aside(beside):
-        return torch.empty_strided(looks.shape, looks.stride, dtype=looks.dtype, device=beside.device)
+        return partial(_on_cpu, looks)
+    return partial(_elsewhere, looks, beside.device)
+
+
+def _fake(looks: Looks, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    with unseen():
+        looking = torch.empty_strided(looks.shape, looks.stride, dtype=looks.dtype, device="meta")
+        return FakeTensor(mode, looking, device)
+
+
+def _elsewhere(looks: Looks, device: torch.device) -> Tensor:
+    with unseen(), torch._C._AutoDispatchBelowAutograd():
+        return torch.empty_strided(looks.shape, looks.stride, dtype=looks.dtype, device=device)
 
 
 @lru_cache(maxsize=1024)

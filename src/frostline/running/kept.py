@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from frostline.kernels import Holder, is_replaced, settle
+from frostline.kernels import Holder, Kept, is_replaced, settle
 from frostline.probing.storages import attributes, living, storages_of
 
 
@@ -78,7 +78,9 @@ def saved_by(node: Any) -> Iterator[Any]:
             raw = getattr(node, name)
             for each in raw if isinstance(raw, (tuple, list)) else (raw,):
                 data = getattr(each, "data", None)  # what a hook of the user's made of it may be anything
-                if isinstance(data, Tensor):
+                if isinstance(data, Kept):
+                    yield data.tensor
+                elif isinstance(data, Tensor):
                     yield data
 
 

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from frostline.errors import TraceError
+from frostline.kernels import users_hooks
 from frostline.tracing.calls import (
     NOWHERE,
     UNSEEN,
@@ -301,7 +302,7 @@ class Recorder:
         call.args = template(args, take)
         call.kwargs = template(kwargs, take)
         if call.grad_enabled:
-            hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            hooks = users_hooks()
             if hooks is not None and hooks[0] is not let_go and not self._in_checkpoint:
                 call.hooks = hooks
             if kind != "torch" and any(slot.edge == NOWHERE for slot in inputs):

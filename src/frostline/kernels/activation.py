@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from .bits import let_through, pack_bits, packed_nbytes, unpack_bits
+from .bits import NoBitsError, let_through, pack_bits, packed_nbytes, unpack_bits
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
@@ -114,12 +114,16 @@ def _run(op: Any, gate: Gate, input: Tensor, *how: Any) -> Any:
     def ones_and_zeros(bits: Tensor) -> Tensor:
         return unpack_bits(bits, looks.shape, looks.stride, looks.dtype)
 
-    name = f"is output 0 of {op._schema.name.removeprefix('aten::').title()}Backward0"
-    holder = current_run().holder(gate.bits, ones_and_zeros, name)
+    holder = current_run().holder(gate.bits, ones_and_zeros, _node(op))
     result, _anchor = Gated.run(op, gate, holder, looks, input, *how)
     if gate.keeps != "copy":
         holder.watch(result if gate.keeps == "result" else input)
     return result
+
+
+@cache
+def _node(op: Any) -> str:
+    return f"is output 0 of {op._schema.name.removeprefix('aten::').title()}Backward0"
 
 
 def _above(threshold: float) -> Callable[[Tensor], Tensor]:
@@ -130,10 +134,19 @@ def _above(threshold: float) -> Callable[[Tensor], Tensor]:
 def _between(low: float, high: float) -> Callable[[Tensor], Tensor | None]:
     """Of NaN, hardtanh's backward says one thing in its vectorised loop and the other outside."""
 
+    def inside(value: Any) -> Any:
+        least = value.min()
+        if least != least:
+            raise NoBitsError
+        answers = value > low
+        answers &= value < high
+        return answers
+
     def bits(kept: Tensor) -> Tensor | None:
-        if not isinstance(kept, FakeTensor) and kept.numel() and kept.min().isnan():
+        try:
+            return pack_bits(kept, inside)
+        except NoBitsError:
             return None
-        return pack_bits(kept, lambda value: (value > low) & (value < high))
 
     return bits
 
@@ -142,23 +155,42 @@ def _positive(kept: Tensor) -> Tensor:
     return pack_bits(kept, lambda value: value > 0)
 
 
+@cache
+def _relu() -> Gate:
+    return Gate("result", _above(0), _aten.threshold_backward, (0,), (0,))
+
+
 @replaces("relu", "relu_")
 def relu(op: Any, input: Tensor) -> Any:
-    return _run(op, Gate("result", _above(0), _aten.threshold_backward, (0,), (0,)), input)
+    return _run(op, _relu(), input)
+
+
+@lru_cache(maxsize=64)
+def _threshold(keeps: str, threshold: float) -> Gate:
+    return Gate(keeps, _above(threshold), _aten.threshold_backward, (threshold,), (0,))
 
 
 @replaces("threshold", "threshold_")
 def threshold(op: Any, input: Tensor, threshold: float, value: float) -> Any:
     keeps = "copy" if op._schema.is_mutable else "input"
-    gate = Gate(keeps, _above(threshold), _aten.threshold_backward, (threshold,), (0,))
-    return _run(op, gate, input, threshold, value)
+    return _run(op, _threshold(keeps, threshold), input, threshold, value)
+
+
+@lru_cache(maxsize=64)
+def _hardtanh(keeps: str, low: float, high: float) -> Gate:
+    return Gate(keeps, _between(low, high), _aten.hardtanh_backward, (low, high), (0, 2))
 
 
 @replaces("hardtanh", "hardtanh_")
 def hardtanh(op: Any, input: Tensor, low: float, high: float) -> Any:
     keeps = "copy" if op._schema.is_mutable else "input"
-    gate = Gate(keeps, _between(low, high), _aten.hardtanh_backward, (low, high), (0, 2))
-    return _run(op, gate, input, low, high)
+    return _run(op, _hardtanh(keeps, low, high), input, low, high)
+
+
+@lru_cache(maxsize=64)
+def _leaky_relu(slope: float, in_place: bool) -> Gate:
+    keeps = "result" if in_place else "input"
+    return Gate(keeps, _positive, _aten.leaky_relu_backward, (slope, in_place), (slope, False), lets_through=False)
 
 
 @replaces("leaky_relu", "leaky_relu_")
@@ -166,15 +198,7 @@ def leaky_relu(op: Any, input: Tensor, slope: float) -> Any:
     in_place = op._schema.is_mutable
     if in_place and slope < 0:
         return NotImplemented  # its backward refuses this
-    gate = Gate(
-        "result" if in_place else "input",
-        _positive,
-        _aten.leaky_relu_backward,
-        (slope, in_place),
-        (slope, False),
-        False,
-    )
-    return _run(op, gate, input, slope)
+    return _run(op, _leaky_relu(slope, in_place), input, slope)
 
 
 @replaces("_prelu_kernel")

@@ -7,7 +7,7 @@ of the time of torch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from math import prod
 from typing import Any
@@ -24,6 +24,10 @@ _library.define("unpack_bits(Tensor bits, SymInt[] size, SymInt[] stride, Scalar
 _library.define("let_through(Tensor gradient, Tensor bits, float? scale) -> Tensor")
 
 
+class NoBitsError(Exception):
+    """Raised by a condition: a bit cannot say it."""
+
+
 def packed_nbytes(count: int) -> int:
     return (count + 7) // 8
 
@@ -34,23 +38,38 @@ def pack_bits(tensor: Tensor, condition: Callable[[Any], Any]) -> Tensor:
     Args:
         tensor: one without gaps.
         condition: makes bools with Python's operators, of tensors and of arrays; a half is compared as a float.
+
+    Raises:
+        NoBitsError: the condition raised it.
     """
     count = tensor.numel()
     flat = tensor.detach().as_strided((count,), (1,))
     bits = flat.new_empty(packed_nbytes(count), dtype=torch.uint8)
-    if isinstance(tensor, FakeTensor):
+    if isinstance(tensor, FakeTensor) or not count:
         return bits
     if tensor.device.type != "cpu":
-        answers = flat.new_zeros(8 * len(bits), dtype=torch.uint8)
-        answers[:count] = condition(_wide(flat))
-        places = torch.arange(8, dtype=torch.uint8, device=tensor.device)
-        return bits.copy_((answers.view(-1, 8) << places).sum(1, dtype=torch.uint8))
+        return bits.copy_(_packed(condition(_wide(flat))))
     packed = bits.numpy()
-    for start in range(0, count, _BLOCK):
-        block = _wide(flat[start : start + _BLOCK]).numpy()
+    for start, block in _blocks(flat):
         found = numpy.packbits(condition(block), bitorder="little")
         packed[start // 8 : start // 8 + len(found)] = found
     return bits
+
+
+def _packed(answers: Tensor) -> Tensor:
+    padded = answers.new_zeros(8 * packed_nbytes(len(answers)), dtype=torch.uint8)
+    padded[: len(answers)] = answers
+    places = torch.arange(8, dtype=torch.uint8, device=answers.device)
+    return (padded.view(-1, 8) << places).sum(1, dtype=torch.uint8)
+
+
+def _blocks(flat: Tensor) -> Iterator[tuple[int, Any]]:
+    """Arrays of so many elements, each with the number of its first; of a half, floats."""
+    wide = _wide(flat[:0]).dtype
+    array = flat.numpy() if wide == flat.dtype else None
+    for start in range(0, len(flat), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        yield start, flat[part].to(wide).numpy() if array is None else array[part]
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ class Holder:
         pack: what stands for a tensor; None if its values are such that only the tensor itself will do.
         unpack: what backward reads in place of a tensor, from what stands for it.
         name: says of which node it is which output, for the message when it was written to.
+        run: what it is part of.
 
     Attributes:
         storage_key: tells which storage it holds, or held until it was packed (``storage_key`` of `probing`).
@@ -62,7 +63,19 @@ class Holder:
         is_packed: whether ``kept`` is what it was packed to.
     """
 
-    def __init__(self, pack: Callable[[Tensor], Tensor | None], unpack: Callable[[Tensor], Tensor], name: str) -> None:
+    __slots__ = (
+        "__weakref__", "_name", "_pack", "_unpack", "_version", "_watch", "is_packed", "kept", "packed_nbytes", "run",
+        "storage_key", "storage_nbytes",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        pack: Callable[[Tensor], Tensor | None],
+        unpack: Callable[[Tensor], Tensor],
+        name: str,
+        run: object = None,
+    ) -> None:
+        self.run = run
         self._pack = pack
         self._unpack = unpack
         self._name = name
@@ -88,6 +101,7 @@ class Holder:
     def hold_packed(self, packed: Tensor) -> None:
         """Begin to hold what was packed already, where eager keeps a copy that nobody else can have."""
         self.kept, self.is_packed, self.packed_nbytes = packed, True, packed.nbytes
+        _live.add(self)
 
     def watch(self, tensor: Tensor) -> None:
         """Pack when ``tensor`` is gone: the Python object that user code has of the tensor held."""

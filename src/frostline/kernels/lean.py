@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,7 +23,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .holding import Holder, collected, look_again
+from .holding import Holder, collected, live_holders, look_again
 from .leaving_out import LeaveOut, hooks_disabled
 
 _TLS = "frostline.kernels"  # torch carries objects stashed under a name to the engine's threads
@@ -70,7 +69,6 @@ class LeanKernels:
         self.bits: list[StorageWeakRef] | None = None
         self.is_open = False
         self._outer: LeanKernels | None = None
-        self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
 
     def __enter__(self) -> LeanKernels:
         assert not self.is_open
@@ -104,12 +102,10 @@ class LeanKernels:
 
     def holders(self) -> list[Holder]:
         """The live holders of nodes made in this run (see `Holder`)."""
-        return list(self._holders)
+        return [holder for holder in live_holders() if holder.run is self]
 
     def holder(self, pack: Callable[[Tensor], Tensor | None], unpack: Callable[[Tensor], Tensor], name: str) -> Holder:
-        made = Holder(pack, unpack, name)
-        self._holders.add(made)
-        return made
+        return Holder(pack, unpack, name, self)
 
 
 def lean_kernels() -> LeanKernels:

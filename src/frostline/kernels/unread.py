@@ -45,12 +45,17 @@ class Looks(NamedTuple):
     @property
     def is_dense(self) -> bool:
         """Whether its elements fill a stretch of memory, in whatever order, each in a place of its own."""
-        expected = 1
-        for step, size in sorted((t, s) for s, t in zip(self.shape, self.stride, strict=True) if s != 1):
-            if step != expected:
-                return 0 in self.shape
-            expected *= size
-        return True
+        return _is_dense(self.shape, self.stride)
+
+
+@lru_cache(maxsize=1024)
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for step, size in sorted((t, s) for s, t in zip(shape, stride, strict=True) if s != 1):
+        if step != expected:
+            return 0 in shape
+        expected *= size
+    return True
 
 
 def unread(looks: Looks, beside: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def _between(low: float, high: float) -> Callable[[Tensor], Tensor | None]:
     """Of NaN, hardtanh's backward says one thing in its vectorised loop and the other outside."""
 
     def inside(value: Any) -> Any:
-        least = value.min()
+        least = value.min() if len(value) else 0.0
         if least != least:
             raise NoBitsError
         answers = value > low

@@ -45,12 +45,12 @@ def pack_bits(tensor: Tensor, condition: Callable[[Any], Any]) -> Tensor:
     count = tensor.numel()
     flat = tensor.detach().as_strided((count,), (1,))
     bits = flat.new_empty(packed_nbytes(count), dtype=torch.uint8)
-    if isinstance(tensor, FakeTensor) or not count:
+    if isinstance(tensor, FakeTensor):
         return bits
     if tensor.device.type != "cpu":
         return bits.copy_(_packed(condition(_wide(flat))))
     packed = bits.numpy()
-    for start, block in _blocks(flat):
+    for start, block in _blocks(flat, count):
         found = numpy.packbits(condition(block), bitorder="little")
         packed[start // 8 : start // 8 + len(found)] = found
     return bits
@@ -63,11 +63,11 @@ def _packed(answers: Tensor) -> Tensor:
     return (padded.view(-1, 8) << places).sum(1, dtype=torch.uint8)
 
 
-def _blocks(flat: Tensor) -> Iterator[tuple[int, Any]]:
+def _blocks(flat: Tensor, count: int) -> Iterator[tuple[int, Any]]:
     """Arrays of so many elements, each with the number of its first; of a half, floats."""
     wide = _wide(flat[:0]).dtype
     array = flat.numpy() if wide == flat.dtype else None
-    for start in range(0, len(flat), _BLOCK):
+    for start in range(0, count, _BLOCK):
         part = slice(start, start + _BLOCK)
         yield start, flat[part].to(wide).numpy() if array is None else array[part]
 

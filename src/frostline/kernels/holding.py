@@ -63,11 +63,6 @@ class Holder:
         is_packed: whether ``kept`` is what it was packed to.
     """
 
-    __slots__ = (
-        "__weakref__", "_name", "_pack", "_unpack", "_version", "_watch", "is_packed", "kept", "packed_nbytes", "run",
-        "storage_key", "storage_nbytes",
-    )  # fmt: skip
-
     def __init__(
         self,
         pack: Callable[[Tensor], Tensor | None],

@@ -407,4 +407,63 @@ for i in range(6):
     F.cross_entropy(model(inputs), labels).backward()
     optimizer.step()
 """,
+    "a hook that needs a gradient, in the forward": """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        z = torch.tanh(self.body(x))
+        z.register_hook(lambda gradient: 1.1 * gradient)
+        return self.head(z)
+
+model = Net()
+optimizer = torch.optim.Adam(model.parameters())
+for _ in range(3):
+    optimizer.zero_grad()
+    F.cross_entropy(model(torch.randn(8, 8)), torch.randint(2, (8,))).backward()
+    optimizer.step()
+""",
+}
+
+TRANSFORMED = {
+    "plain gradients": """
+from torch.func import functional_call, grad_and_value
+model = nn.Linear(4, 1)
+weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+def loss(weights, x, y):
+    return F.mse_loss(functional_call(model, weights, (x,)), y)
+for _ in range(3):
+    gradient, _ = grad_and_value(loss)(weights, torch.randn(8, 4), torch.randn(8, 1))
+    weights = {name: weight - 0.1 * gradient[name] for name, weight in weights.items()}
+print(float(sum(weight.detach().sum() for weight in weights.values())))
+""",
+    "an ensemble": """
+from torch.func import functional_call, stack_module_state, vmap
+models = [nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)) for _ in range(3)]
+weights, buffers = stack_module_state(models)
+base = copy.deepcopy(models[0])
+optimizer = torch.optim.Adam(list(weights.values()))
+for _ in range(3):
+    optimizer.zero_grad()
+    run = vmap(lambda w, b, x: functional_call(base, (w, b), (x,)), (0, 0, None))
+    F.cross_entropy(run(weights, buffers, torch.randn(8, 8)).flatten(0, 1), torch.randint(2, (24,))).backward()
+    optimizer.step()
+print(float(sum(weight.detach().sum() for weight in weights.values())))
+""",
+    "a gradient for each sample": """
+from torch.func import functional_call, grad, vmap
+model = nn.Linear(8, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def loss(weights, x, y):
+    return F.cross_entropy(functional_call(model, weights, (x[None],)), y[None])
+for _ in range(3):
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    gradients = vmap(grad(loss), (None, 0, 0))(weights, torch.randn(8, 8), torch.randint(2, (8,)))
+    for name, weight in model.named_parameters():
+        weight.grad = gradients[name].clamp(-0.1, 0.1).mean(0)
+    optimizer.step()
+print(float(sum(weight.detach().sum() for weight in model.parameters())))
+""",
 }

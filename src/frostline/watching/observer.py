@@ -42,7 +42,7 @@ from frostline.watching.record import (
     WrapFact,
 )
 from frostline.watching.samples import Samples
-from frostline.watching.tape import Replay, Tape, autocast_on, leaves, snapshot, variables
+from frostline.watching.tape import Replay, Tape, autocast_on, is_transformed, leaves, snapshot, variables
 from frostline.watching.values import Values
 
 INSPECTED = 2
@@ -154,7 +154,7 @@ class Observer:
 
     def _before_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         # (Asked first: torch.compile reads on until here.)
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or self._transformed():
             return
         local = self._local
         if local.stack:
@@ -168,6 +168,12 @@ class Observer:
         self._tape.take()
         if self._inspects:
             self._safely(self._model_called, module, args)
+
+    def _transformed(self) -> bool:
+        """Whether a transform of torch.func is at work, which has its own parameters and its own backward."""
+        if is_transformed() and self._here and not self._local.stack:
+            self._note("modules are called inside torch.func transforms: what ran there was not seen")
+        return is_transformed()
 
     def _model_called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         inner = _unwrapped(module)
@@ -195,7 +201,7 @@ class Observer:
 
     def _after_module(self, module: nn.Module, args: Any, *rest: Any) -> None:
         """``rest``: keyword arguments and the result; after an error only None."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_transformed():
             return
         stack = self._local.stack
         if not stack:
@@ -352,6 +358,8 @@ class Observer:
         if not self._here:
             if self._open:
                 self._child_trained[0] = 1
+            return original(outputs, *args, **kwargs)
+        if is_transformed():
             return original(outputs, *args, **kwargs)
         if self._backward:  # of a reentrant checkpoint
             if self._inspects:

@@ -65,11 +65,17 @@ class TracedPass:
         total = sum(parameter.numel() for parameter in self.trace.parameters.values())
         return sum(self.trace.parameters[name].numel() for name in self.now) / max(total, 1)
 
-    def prefix_flops(self) -> int:
-        """FLOPs of the forward before anything that trains: what does not depend on a parameter that required grad."""
+    def prefix_flops(self) -> int | None:
+        """FLOPs of the forward before anything that trains: what does not depend on a parameter that required grad.
+
+        None where the script's own code does not run with everything frozen.
+        """
         trained = bits_of(n for n, name in enumerate(self.trace.parameters) if name in set(self.now))
         with _unseen():
-            units = self.trace._coster_for("freeze").evaluate(frozenset(), "freeze")[0].units
+            try:
+                units = self.trace._coster_for("freeze").evaluate(frozenset(), "freeze")[0].units
+            except Exception:
+                return None
         frozen = [unit for unit in units if not any(bits & trained for bits in unit.behind)]
         return sum(forward_entry(unit).forward_flops for unit in frozen)
 

@@ -82,6 +82,11 @@ def variables(roots: tuple[Any, ...]) -> dict[int, Tensor]:
     return {id(node.variable): node.variable for node in graph(starts) if hasattr(node, "variable")}
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work: its tensors mean nothing outside of it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class Tape(TorchFunctionMode):
     """Records calls from when it is put in place; `sealed` gives what one backward pass depends on.
 
@@ -124,18 +129,23 @@ class Tape(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.armed:
+        if not self.armed or is_transformed():
             return func(*args, **kwargs)
         grad, autocast = torch.is_grad_enabled(), _autocast(args, kwargs)
         result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        writes = result is None and name in _WRITERS
+        try:
+            self._note(func, tuple(args), kwargs, result, grad, autocast)
+        except Exception:  # (a backward that depends on it cannot be sealed; the script goes on)
+            self.drop()
+        return result
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any, grad: bool, autocast: Any) -> None:
+        writes = result is None and getattr(func, "__name__", "") in _WRITERS
         outputs = list(leaves(args[0] if writes else result))
         known = any(id(tensor) in self._made for tensor in leaves((args, kwargs)))
         if outputs and (known or any(tensor.requires_grad for tensor in outputs)):
-            entry = Entry(func, self._referred(tuple(args)), self._referred(kwargs), grad, autocast, False, writes)
+            entry = Entry(func, self._referred(args), self._referred(kwargs), grad, autocast, False, writes)
             self._add(entry, args[0] if writes else result)
-        return result
 
     def module_called(
         self, module: nn.Module, args: Any, kwargs: Any, result: Any, autocast: Any, *, is_model: bool

@@ -26,7 +26,8 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
     """
     usual = steps.usual()
     now = None if usual is None else usual.cost()
-    if usual is None or now is None or usual.prefix_flops() < WORTH * now.forward_flops:
+    prefix = None if usual is None else usual.prefix_flops()
+    if usual is None or now is None or prefix is None or prefix < WORTH * now.forward_flops:
         return
     for model in record.models:
         facts = model.parameters.values()

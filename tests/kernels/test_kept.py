@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 
 import pytest
@@ -146,3 +149,16 @@ def test_a_batch_norm_of_which_only_the_shift_trains_keeps_no_input(affine: bool
     edge = torch.autograd.graph.get_gradient_edge(result)
     del result
     assert kept_nbytes(_Of(edge.node)) == 4 * (4 + 4 + 4 * affine)  # statistics of the batch, and the scale
+
+
+def test_a_process_ends_well_in_the_middle_of_a_run() -> None:
+    """Neither a run nor the graphs made in it are closed: at the end of Python torch is half gone."""
+    script = """
+        import torch, frostline
+        from torch import nn
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU())
+        run = frostline.train_only(model, "0")
+        first, second = model(torch.randn(2, 3, 8, 8)), model[1](model[0](torch.randn(2, 3, 8, 8)))
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -10,6 +10,7 @@ in-place op wrote to it. A node's own tensors are let go as its backward goes, a
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -41,7 +42,7 @@ class _Watch(weakref.ref[Tensor]):
 
 
 def _died(watch: Any) -> None:
-    holder = watch.holder()
+    holder = None if sys.is_finalizing() else watch.holder()  # (torch is half gone then)
     if holder is not None and not holder.pack_if_alone(num_dying=1):
         _waiting.append(watch.holder)  # (a view may be dying, whose base it was, or something else keeps it)
 

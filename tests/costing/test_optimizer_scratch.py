@@ -26,3 +26,15 @@ def test_scratch_is_the_allocators(name: str, sizes: list[int]) -> None:
     real = allocated_peak(optimizer.step)
     # (Beside its tensors: some numbers of a few bytes, such as a bias correction.)
     assert optimizer_model(name).scratch_bytes(parameters) == pytest.approx(real, abs=64)
+
+
+@pytest.mark.parametrize("sizes", ALIKE + MIXED)
+def test_on_accelerators_parameters_are_stepped_together(sizes: list[int]) -> None:
+    parameters = [nn.Parameter(torch.ones(size)) for size in sizes]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter.data)
+    optimizer = torch.optim.AdamW(parameters, foreach=True)
+    optimizer.step()
+    real = allocated_peak(optimizer.step)
+    there = optimizer_model("adamw").scratch_bytes(parameters, torch.device("cuda"))
+    assert there == pytest.approx(real, abs=64)

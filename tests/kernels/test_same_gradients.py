@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.cases import DEVICE
 from tests.kernels.comparing import assert_bitwise, assert_same, run, tensor
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def test_a_gradient_laid_out_otherwise(op: str) -> None:
     assert_same(lambda x: OPS[op](x.transpose(2, 3).contiguous()).transpose(2, 3), x)
 
 
-@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize("dims", [1, 3] if DEVICE == "cpu" else [1])  # (elsewhere eager adds up in no fixed order)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_pools_of_other_dimensions(dims: int, dtype: torch.dtype) -> None:
     x = tensor(2, 4, *(9, 8, 7)[:dims], dtype=dtype).requires_grad_()
@@ -127,6 +128,8 @@ def test_convolutions(kind: str, dtype: torch.dtype, last: tuple[bool, bool]) ->
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_batch_norm(dtype: torch.dtype, affine: str, last: bool, training: bool) -> None:
+    if affine == "bias" and DEVICE != "cpu":
+        pytest.skip("eager's own backward fails: tensor does not have a device")
     mean, var = torch.randn(4).to(dtype), torch.rand(4).to(dtype)
     weight = torch.randn(4).to(dtype) if "weight" in affine else None
 

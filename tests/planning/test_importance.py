@@ -80,7 +80,7 @@ def test_a_wrong_score_is_seen():
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_those_of_a_plain_backward(name: str):
     if CASES[name].missing:
-        pytest.skip(f"needs {CASES[name].needs}")
+        pytest.skip(CASES[name].missing)
     for kind in KINDS:
         case = CASES[name]()
         found = fl.importance(case.model, [None, None], step=run_case(case), kind=kind)
@@ -102,7 +102,7 @@ def doubled(value: Any) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_in_float64(name: str, kind: str):
     if CASES[name].missing:
-        pytest.skip(f"needs {CASES[name].needs}")
+        pytest.skip(CASES[name].missing)
     case, plain = CASES[name](), CASES[name]()
     for each in (case, plain):
         each.model.double()

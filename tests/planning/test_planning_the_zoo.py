@@ -25,7 +25,7 @@ def trace_of(case: Case) -> fl.Trace:
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
 def test_tables_add_up_to_the_cost_and_plans_to_their_proof(case: CaseBuilder) -> None:
     if case.missing:
-        pytest.skip(f"{case.needs} is not installed")
+        pytest.skip(case.missing)
     trace = trace_of(case())
     choose = random.Random(case.name)
     importance = {name: choose.random() for name in trace.parameters}

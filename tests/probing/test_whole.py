@@ -23,7 +23,7 @@ KINDS = (
 @pytest.mark.parametrize("name", KINDS)
 def test_a_step_run_as_a_whole_costs_what_the_real_run_does(name: str) -> None:
     if CASES[name].missing:
-        pytest.skip(f"needs {CASES[name].needs}")
+        pytest.skip(CASES[name].missing)
     case = CASES[name]()
     trace = trace_case(case)
     trace.entangled = "the test says so"

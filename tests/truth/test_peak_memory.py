@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, build
 from tests.truth.allocator import measure_peak
 from tests.truth.comparing import trace_case
 from tests.truth.reference import METHODS
@@ -83,12 +83,7 @@ class Tied(nn.Module):
 
 
 def built(make: Callable[[], tuple[nn.Module, Tensor]]) -> Case:
-    def build() -> Case:
-        torch.manual_seed(0)
-        model, inputs = make()
-        return Case(model, inputs, square, rebuild=build)
-
-    return build()
+    return build(lambda: Case(*make(), square))
 
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {

@@ -33,7 +33,7 @@ def backward(truth: Truth) -> tuple[int, int, int]:
 
 def skip_if_missing(builder: CaseBuilder) -> None:
     if builder.missing:
-        pytest.skip(f"needs {builder.needs}")
+        pytest.skip(builder.missing)
 
 
 # On paper ------------------------------------------------------------------------------------------------------------

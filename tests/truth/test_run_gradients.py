@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from tests.cases import CASES, Case, subsets_for
+from tests.cases import CASES, DEVICE, Case, subsets_for
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -33,12 +33,18 @@ def built(name: str, precision: str) -> Case:
 def gradients(case: Case, precision: str) -> dict[str, Tensor | None]:
     mode: AbstractContextManager[object] = nullcontext()
     if precision == "autocast":
-        mode = torch.autocast("cpu", torch.bfloat16)
+        mode = torch.autocast(torch.device(DEVICE).type, torch.bfloat16)
     with mode:
         loss = case.run()
     if loss.requires_grad:
         loss.backward()
     return {name: parameter.grad for name, parameter in case.model.named_parameters()}
+
+
+def gradients_anew(name: str, precision: str, train: Collection[str]) -> dict[str, Tensor | None]:
+    case = built(name, precision)
+    freeze(case, train)
+    return gradients(case, precision)
 
 
 def freeze(case: Case, train: Collection[str]) -> None:
@@ -66,20 +72,21 @@ def bits(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_of_a_run_are_plain_pytorchs_to_the_bit(name: str, precision: str) -> None:
     if CASES[name].missing:
-        pytest.skip(f"needs {CASES[name].needs}")
+        pytest.skip(CASES[name].missing)
     subsets = list(subsets_for(CASES[name]()).values())
     ran = 0
     for train in subsets[:: -(-len(subsets) // FEW)]:
-        plain = built(name, precision)
-        freeze(plain, train)
         try:
-            expected = gradients(plain, precision)
+            expected = gradients_anew(name, precision, train)
         except RuntimeError:  # eager refuses this step in this precision, or these flags
             continue
         case = built(name, precision)
         with fl.train_only(case.model, list(train)):
             found = gradients(case, precision)
         wrong = [n for n in expected if not same(found[n], expected[n])]
+        if wrong and DEVICE != "cpu":  # of kernels that add in no fixed order, eager itself gives now this and now that
+            again = [gradients_anew(name, precision, train) for _ in range(4)]
+            wrong = [n for n in wrong if all(same(other[n], expected[n]) for other in again)]
         assert not wrong, (train, wrong)
         ran += 1
     if not ran:

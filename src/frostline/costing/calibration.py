@@ -16,6 +16,7 @@ from frostline.costing.overhead import (
     NONE,
     Overhead,
     measured_fresh,
+    measured_lean,
     measured_packing,
     measured_phases,
     settle_allocator,
@@ -140,10 +141,14 @@ def _overhead(device: torch.device, timings: Timings, clock: Callable[[], float]
     cost = traced.cost("@all")
     alone = clockwork.tally(*cost._flags[1:])
     forward, backward, optimizing = measured_phases(device, clock)
+    on_cpu = device.type == "cpu"  # else what it takes to hand the ops over: the ops themselves run meanwhile
+    forward -= alone.forward if on_cpu else alone.host_forward
+    backward -= alone.backward if on_cpu else alone.host_backward
     return Overhead(
-        max(_LEAST, (forward - alone.forward) / alone.forward_ops),
-        max(_LEAST, (backward - alone.grad_input - alone.grad_weight) / alone.backward_ops),
+        max(_LEAST, forward / alone.forward_ops),
+        max(_LEAST, backward / alone.backward_ops),
         optimizing,
         measured_fresh(device, clock),
         measured_packing(device, clock),
+        *measured_lean(device, clock),
     )

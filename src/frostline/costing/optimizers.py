@@ -6,12 +6,15 @@ import functools
 import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.optim.optimizer as torch_optimizer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from frostline.errors import OptimizerError
 from frostline.probing.attribution import RanOp, Recording
@@ -95,26 +98,31 @@ class OptimizerModel:
         made = [op for op in self.step_ops(parameter) if not op.op._schema.is_mutable and not is_view(op.op)]
         return sum(meta is not None and meta.nbytes == size for op in made for meta in op.outputs)
 
-    def scratch_bytes(self, parameters: Sequence[Tensor]) -> int:
+    def scratch_bytes(self, parameters: Sequence[Tensor], device: torch.device | None = None) -> int:
         """The most bytes that a step takes beside parameters, gradients and state.
 
         Asked for one parameter, and for two alike. If two need twice as much, they are taken together (``foreach``),
         and all add up. Else one comes after the other (``for``), and what two need more than one is what the first
         leaves behind until the next has its own: variables of a loop live on. Assumes: parameters are stepped in the
         model's order, and the same is left behind whatever comes next (so it is for Adam's kin and SGD).
+
+        Args:
+            device: where they are when they train; by default where they are now.
         """
-        asked = [self._scratch_of(parameter) for parameter in parameters]
+        asked = [self._scratch_of(parameter, device) for parameter in parameters]
         if any(own and left >= own for own, left in asked):
             return sum(own for own, _ in asked)
         left_behind = [0, *(left for _, left in asked)]
         return max((own + left for (own, _), left in zip(asked, left_behind, strict=False)), default=0)
 
-    def _scratch_of(self, parameter: Tensor) -> tuple[int, int]:
+    def _scratch_of(self, parameter: Tensor, device: torch.device | None) -> tuple[int, int]:
         """Bytes for one parameter alone, and how many more for two alike."""
         meta = _on_a_device(describe(parameter))
+        if device is not None:
+            meta = replace(meta, device=str(device))
         found = self._scratches.get(meta)
         if found is None:
-            own = max((op.alive for op in self.step_ops(parameter)), default=0)
+            own = max((op.alive for op in self._ask_step([meta])), default=0)
             both = max((op.alive for op in self._ask_step([meta, meta])), default=0) if own else 0
             found = self._scratches[meta] = (own, both - own)
         return found
@@ -124,7 +132,7 @@ class OptimizerModel:
 
         A large one is timed by part of its rows, and taken to take longer by its size.
         """
-        whole = _on_a_device(describe(parameter))
+        whole = replace(describe(parameter), device=str(timings.device))
         meta = _part(whole)
         plain = isinstance(self._make, type) and self._make.__module__.startswith("torch.")
         key = f"step of {self.name} {meta!r}" if plain else f"step of {id(self._make)} {meta!r}"
@@ -144,7 +152,7 @@ class OptimizerModel:
 
     def _ask_step(self, metas: Sequence[TensorMeta]) -> tuple[RanOp, ...]:
         recording = Recording()
-        with FakeTensorMode(), recording, warnings.catch_warnings():
+        with FakeTensorMode(), recording, warnings.catch_warnings(), _as_if_real():
             warnings.simplefilter("ignore")
             parameters = [
                 nn.Parameter(torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device=m.device)) for m in metas
@@ -182,6 +190,12 @@ class OptimizerModel:
                 ) from error
             tensors = [t for state in optimizer.state.values() for t in _tensors(state)]
             return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def _as_if_real() -> AbstractContextManager[Any]:
+    """On accelerators optimizers take parameters together (``foreach``) if these are of types that they know."""
+    known: list[Any] = torch_optimizer._foreach_supported_types
+    return mock.patch.object(torch_optimizer, "_foreach_supported_types", [*known, FakeTensor])
 
 
 _AT_A_TIME = 128  # parameters in one timed step

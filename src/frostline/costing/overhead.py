@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from frostline.kernels import lean_kernels
 from frostline.kernels.bits import pack_bits
+from frostline.probing.stopwatch import Stopwatch
+from frostline.tracing.environment import undisturbed
 
 _LAYERS = 32
 _STEPS = 30
@@ -25,7 +28,7 @@ class Overhead:
 
     ``optimizer``: of a step, beside what it takes for each parameter. ``fresh``: per byte of memory that the system has
     to bring, beyond what it takes to write to memory that is there. ``packing``: per element that `frostline.kernels`
-    packs to a bit.
+    packs to a bit. ``lean_...``: per op that these run in place of torch's own.
     """
 
     forward: float
@@ -33,10 +36,8 @@ class Overhead:
     optimizer: float = 0.0
     fresh: float = 0.0
     packing: float = 0.0
-
-    def of_step(self, forward_ops: int, backward_ops: int) -> float:
-        """Seconds of a step that runs so many."""
-        return self.optimizer + self.forward * forward_ops + self.backward * backward_ops
+    lean_forward: float = 0.0
+    lean_backward: float = 0.0
 
 
 NONE = Overhead(0.0, 0.0)
@@ -57,8 +58,8 @@ class Layer(nn.Module):
 
 def tiny(device: torch.device) -> nn.Module:
     """The network."""
-    with torch.random.fork_rng(devices=[]):
-        return nn.Sequential(*(Layer() for _ in range(_LAYERS))).to(device)
+    with undisturbed(), device:
+        return nn.Sequential(*(Layer() for _ in range(_LAYERS)))
 
 
 def tiny_input(device: torch.device) -> torch.Tensor:
@@ -76,7 +77,7 @@ def settle_allocator(device: torch.device) -> None:
     Source: the dynamic thresholds in mallopt(3).
     """
     if device.type == "cpu":
-        torch.empty(LARGEST_KEPT - (1 << 16), dtype=torch.uint8)
+        torch.empty(LARGEST_KEPT - (1 << 16), dtype=torch.uint8, device=device)
 
 
 def measured_fresh(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -84,11 +85,11 @@ def measured_fresh(device: torch.device, clock: Callable[[], float] = time.perf_
     if device.type != "cpu":
         return 0.0
     nbytes = LARGEST_KEPT + LARGEST_KEPT // 2
-    there = torch.zeros(nbytes, dtype=torch.uint8)
+    there = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     seen: list[float] = []
     for _ in range(5):
         times = [clock()]
-        torch.empty(nbytes, dtype=torch.uint8).fill_(1)
+        torch.empty(nbytes, dtype=torch.uint8, device=device).fill_(1)
         times.append(clock())
         there.fill_(1)
         times.append(clock())
@@ -97,16 +98,20 @@ def measured_fresh(device: torch.device, clock: Callable[[], float] = time.perf_
 
 
 def measured_packing(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds per element that is packed to a bit; 0 on an accelerator, where it is little."""
-    if device.type != "cpu":
-        return 0.0
-    result = torch.zeros(1 << 22)
+    """Seconds per element that is packed to a bit."""
+    result = torch.zeros(1 << 22, device=device)
+    if device.type != "cpu":  # which says by itself when it is done
+        return Stopwatch(device, clock).time_call(lambda: _pack(result), 1).seconds / result.numel()
     seen: list[float] = []
     for _ in range(5):
         start = clock()
-        pack_bits(result, lambda value: value > 0)
+        _pack(result)
         seen.append(clock() - start)
     return statistics.median(seen) / result.numel()
+
+
+def _pack(result: torch.Tensor) -> torch.Tensor:
+    return pack_bits(result, lambda value: value > 0)
 
 
 def measured_phases(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float, float]:
@@ -115,18 +120,40 @@ def measured_phases(device: torch.device, clock: Callable[[], float] = time.perf
     number = nn.Parameter(torch.zeros(1, device=device))
     optimizer = torch.optim.AdamW([number])
     seen: list[tuple[float, float, float]] = []
-    with torch.enable_grad():
-        for _ in range(_STEPS):
-            number.grad = torch.zeros_like(number.data)
-            times = [clock()]
-            loss = model(x).sum()
-            times.append(clock())
-            loss.backward()
-            times.append(clock())
-            optimizer.step()
-            optimizer.zero_grad()
-            times.append(clock())
-            model.zero_grad()
-            seen.append((times[1] - times[0], times[2] - times[1], times[3] - times[2]))
+    for _ in range(_STEPS):
+        forward, backward = _step(model, x, clock)
+        number.grad = torch.zeros_like(number.data)
+        start = clock()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append((forward, backward, clock() - start))
     forward, backward, optimizing = (statistics.median(column) for column in zip(*seen, strict=True))
     return forward, backward, optimizing
+
+
+def measured_lean(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
+    """Seconds of forward and of backward that an op takes longer where `frostline.kernels` runs it."""
+    with undisturbed(), device:
+        model = nn.Sequential(*(layer for _ in range(_LAYERS // 2) for layer in (nn.Conv1d(2, 2, 1), nn.ReLU())))
+        x = torch.ones(1, 2, 8)
+    for module in list(model)[2::2]:
+        module.requires_grad_(False)
+    seen: list[tuple[float, float]] = []
+    for _ in range(_STEPS):
+        with lean_kernels():
+            ours = _step(model, x, clock)
+        own = _step(model, x, clock)
+        seen.append((ours[0] - own[0], ours[1] - own[1]))
+    forward, backward = (max(0.0, statistics.median(column)) / len(model) for column in zip(*seen, strict=True))
+    return forward, backward
+
+
+def _step(model: nn.Module, x: torch.Tensor, clock: Callable[[], float]) -> tuple[float, float]:
+    with torch.enable_grad():
+        times = [clock()]
+        loss = model(x).sum()
+        times.append(clock())
+        loss.backward()
+        times.append(clock())
+        model.zero_grad()
+    return times[1] - times[0], times[2] - times[1]

@@ -89,7 +89,7 @@ def _standing(cost: Cost) -> Standing:
     trained, unowned = _with_gradient(cost)
     kept = {n: rounded(sizes[n]) for n in unowned}
     try:
-        scratch = optimizer_model(cost._optimizer).scratch_bytes([parameters[n] for n in trained])
+        scratch = optimizer_model(cost._optimizer).scratch_bytes([parameters[n] for n in trained], trace.device)
     except OptimizerError:  # its step cannot be asked: what it keeps is known all the same
         scratch = 0
     weights = _bytes_of((*parameters, *trace.model.buffers()), rounded)

@@ -88,13 +88,17 @@ def work_of(op: Call | RanOp) -> Work:
 
 
 class Tally:
-    """Seconds that add up; the last two are numbers of op calls."""
+    """Seconds that add up, and numbers of op calls; ``host_...``: of handing them to an accelerator."""
 
-    __slots__ = ("backward_ops", "forward", "forward_ops", "grad_input", "grad_weight", "recompute", "spread")
+    __slots__ = (
+        "backward_ops", "forward", "forward_ops", "grad_input", "grad_weight", "host_backward", "host_forward",
+        "lean_ops", "recompute", "spread",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.forward = self.grad_input = self.grad_weight = self.recompute = self.spread = 0.0
-        self.forward_ops = self.backward_ops = 0
+        self.host_forward = self.host_backward = 0.0
+        self.forward_ops = self.backward_ops = self.lean_ops = 0
 
     def add(self, other: Tally) -> None:
         self.forward += other.forward
@@ -102,8 +106,15 @@ class Tally:
         self.grad_weight += other.grad_weight
         self.recompute += other.recompute
         self.spread += other.spread
+        self.host_forward += other.host_forward
+        self.host_backward += other.host_backward
         self.forward_ops += other.forward_ops
         self.backward_ops += other.backward_ops
+        self.lean_ops += other.lean_ops
+
+    @property
+    def backward(self) -> float:
+        return self.grad_input + self.grad_weight + self.recompute
 
 
 class Clockwork:
@@ -119,7 +130,7 @@ class Clockwork:
         self._groups: dict[Any, Tally] = {}
         self._base: Tally | None = None
         self._joins: dict[int, float] | None = None
-        self._steps: dict[Any, float] = {}
+        self._steps: dict[Any, Timing] = {}
 
     def timing(self, op: Call | RanOp) -> Timing:
         """The timing of an op call; what fails is noted in ``unknown``."""
@@ -159,11 +170,40 @@ class Clockwork:
         fresh = self._largest(trained)
         optimizing += self.overhead.fresh * sum(p.nbytes * optimizer.num_temporaries(p) for p in fresh)
         adding += self.overhead.fresh * sum(p.nbytes for p in fresh)
-        overhead = self.overhead.of_step(total.forward_ops, total.backward_ops)
         forward = total.forward + self.packing(held)
         parts = (forward, total.grad_input + joins, total.grad_weight + adding, total.recompute, optimizing)
+        overhead = self._overhead(total, (forward, sum(parts[1:4]), optimizing), optimizer, trained)
         uncertainty = total.spread + MODEL_ERROR * (sum(parts) + overhead)
         return StepSeconds(*parts, overhead, uncertainty, dict(self.unknown))
+
+    def _overhead(
+        self, total: Tally, parts: tuple[float, float, float],
+        optimizer: OptimizerModel, trained: Sequence[torch.Tensor],
+    ) -> float:  # fmt: skip
+        """Seconds of a step beyond its ``parts`` (forward, backward, optimizer).
+
+        On the CPU what lies between the ops. An accelerator works off what it is given while the host goes on: it
+        waits for the host, or the host for it, and which may change from one part of the step to the next.
+        """
+        host = self._on_host(total)
+        if host is None:
+            return sum(self._between(total)) + self.overhead.optimizer
+        stepping = self.overhead.optimizer + sum(self._stepping(optimizer, p).host_seconds for p in trained)
+        given = (*host, stepping)
+        return max(sum(given[:part]) + sum(parts[part:]) for part in range(len(parts) + 1)) - sum(parts)
+
+    def _on_host(self, tally: Tally) -> tuple[float, float] | None:
+        """Seconds that handing over the forward and the backward take; None on the CPU, which does the work itself."""
+        if self.timings.device.type == "cpu":
+            return None
+        forward, backward = self._between(tally)
+        return tally.host_forward + forward, tally.host_backward + backward
+
+    def _between(self, tally: Tally) -> tuple[float, float]:
+        """Seconds between the ops of the forward, and of the backward."""
+        overhead = self.overhead
+        forward = overhead.forward * tally.forward_ops + overhead.lean_forward * tally.lean_ops
+        return forward, overhead.backward * tally.backward_ops + overhead.lean_backward * tally.lean_ops
 
     def packing(self, held: int) -> float:
         """Seconds of packing what a run of `frostline.train_only` keeps packed."""
@@ -259,8 +299,9 @@ class Clockwork:
         return self.overhead.fresh * parameter.nbytes * (1 + optimizer.num_temporaries(parameter))
 
     def _total(self, tally: Tally) -> float:
-        between = self.overhead.forward * tally.forward_ops + self.overhead.backward * tally.backward_ops
-        return tally.forward + tally.grad_input + tally.grad_weight + tally.recompute + between
+        there = tally.forward + tally.backward
+        host = self._on_host(tally)
+        return there + sum(self._between(tally)) if host is None else max(there, sum(host))
 
     def _unit(self, unit: Unit, live: Sequence[bool], wanted: Sequence[bool] | None) -> Tally:
         assert isinstance(self.ledger, Ledger)
@@ -277,6 +318,7 @@ class Clockwork:
                     tally.add(self._forward(found.forward))
                 if unit.held and mask and (needed is None or needed):
                     self._backward(tally, found.backward)
+                tally.lean_ops += found.lean
         return tally
 
     def prepare(self, unit: Unit, mask: frozenset[int], needed: frozenset[int] | None) -> None:
@@ -334,6 +376,7 @@ class Clockwork:
             timing = self.timing(op)
             tally.forward += timing.seconds
             tally.spread += timing.uncertainty
+            tally.host_forward += timing.host_seconds
             tally.forward_ops += 1
         return tally
 
@@ -341,6 +384,7 @@ class Clockwork:
         for op in ops:
             timing = self.timing(op)
             tally.spread += timing.uncertainty
+            tally.host_backward += timing.host_seconds
             tally.backward_ops += 1
             if op.recomputed:
                 tally.recompute += timing.seconds
@@ -378,14 +422,16 @@ class Clockwork:
 
     def stepping(self, optimizer: OptimizerModel, parameter: torch.Tensor) -> float:
         """Seconds of the optimizer's step for one parameter."""
+        return self._stepping(optimizer, parameter).seconds
+
+    def _stepping(self, optimizer: OptimizerModel, parameter: torch.Tensor) -> Timing:
         key = (optimizer, parameter.shape, parameter.dtype)
-        seconds = self._steps.get(key)
-        if seconds is None:
-            found = optimizer.step_timing(parameter, self.timings)
+        found = self._steps.get(key)
+        if found is None:
+            found = self._steps[key] = optimizer.step_timing(parameter, self.timings)
             if found.failure:
                 self.unknown[f"{optimizer.name}.step"] = found.failure
-            seconds = self._steps[key] = found.seconds
-        return seconds
+        return found
 
     def _addition(self, meta: TensorMeta) -> float:
         if meta.layout is not torch.strided:

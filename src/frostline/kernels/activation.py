@@ -20,7 +20,7 @@ from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
 from .leaving_out import users_hooks
 from .unread import Looks
-from .unseen import aside
+from .unseen import aside, unseen
 
 _aten = torch.ops.aten
 
@@ -128,11 +128,30 @@ def _node(op: Any) -> str:
 
 def _above(threshold: float) -> Callable[[Tensor], Tensor]:
     """NaN is above everything: so say these ops' backwards."""
-    return lambda kept: pack_bits(kept, lambda value: ~(value <= threshold))
+
+    def bits(kept: Tensor) -> Tensor:
+        if kept.device.type == "cpu":
+            return pack_bits(kept, lambda value: ~(value <= threshold))
+        bound = _rounded(threshold, kept.dtype)
+        return pack_bits(kept, lambda value: (value <= bound).logical_not_())
+
+    return bits
+
+
+@lru_cache(maxsize=64)
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    """As accelerators compare with it: in the tensor's own dtype."""
+    with unseen():
+        return float(torch.tensor(number, dtype=dtype, device="cpu"))
 
 
 def _between(low: float, high: float) -> Callable[[Tensor], Tensor | None]:
-    """Of NaN, hardtanh's backward says one thing in its vectorised loop and the other outside."""
+    """Of NaN, hardtanh's backward says one thing in its vectorised loop and the other outside; on accelerators, which
+    have one loop, that it lets gradients through.
+    """
+
+    def not_outside(value: Tensor) -> Tensor:
+        return (value <= low).logical_or_(value >= high).logical_not_()
 
     def inside(value: Any) -> Any:
         least = value.min() if len(value) else 0.0
@@ -144,7 +163,7 @@ def _between(low: float, high: float) -> Callable[[Tensor], Tensor | None]:
 
     def bits(kept: Tensor) -> Tensor | None:
         try:
-            return pack_bits(kept, inside)
+            return pack_bits(kept, inside if kept.device.type == "cpu" else not_outside)
         except NoBitsError:
             return None
 

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .unseen import unseen
+
+_TOGETHER = sum(1 << 56 - 7 * place for place in range(8))  # takes bit 8 * place to bit 56 + place
 _BLOCK = 1 << 17  # elements whose answers lie in a cache
 
 _library = torch.library.Library("frostline", "DEF")
@@ -44,11 +47,11 @@ def pack_bits(tensor: Tensor, condition: Callable[[Any], Any]) -> Tensor:
     """
     count = tensor.numel()
     flat = tensor.detach().as_strided((count,), (1,))
+    if tensor.device.type != "cpu" and not isinstance(tensor, FakeTensor):
+        return _packed(condition(_wide(flat)), flat)
     bits = flat.new_empty(packed_nbytes(count), dtype=torch.uint8)
     if isinstance(tensor, FakeTensor):
         return bits
-    if tensor.device.type != "cpu":
-        return bits.copy_(_packed(condition(_wide(flat))))
     packed = bits.numpy()
     for start, block in _blocks(flat, count):
         found = numpy.packbits(condition(block), bitorder="little")
@@ -56,11 +59,29 @@ def pack_bits(tensor: Tensor, condition: Callable[[Any], Any]) -> Tensor:
     return bits
 
 
-def _packed(answers: Tensor) -> Tensor:
-    padded = answers.new_zeros(8 * packed_nbytes(len(answers)), dtype=torch.uint8)
-    padded[: len(answers)] = answers
-    places = torch.arange(8, dtype=torch.uint8, device=answers.device)
-    return (padded.view(-1, 8) << places).sum(1, dtype=torch.uint8)
+def _packed(answers: Tensor, given: Tensor | None = None) -> Tensor:
+    """Of bools, without numpy: a product brings eight of them, read as one integer, together in its last byte.
+
+    Args:
+        given: what is not to be written to, if the answers may be that itself.
+    """
+    missing = -len(answers) % 8
+    if missing:
+        answers = torch.cat([answers, answers.new_zeros(missing)])
+    eights = answers.view(torch.int64)
+    eights = eights.mul(_TOGETHER) if answers is given else eights.mul_(_TOGETHER)
+    return eights.bitwise_right_shift_(56).to(torch.uint8)
+
+
+def _answers(bits: Tensor) -> Tensor:
+    """Bools again, eight a row."""
+    return (bits[:, None] >> _places(bits.device)).bitwise_and_(1).view(torch.bool)
+
+
+@cache
+def _places(device: torch.device) -> Tensor:
+    with unseen():
+        return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def _blocks(flat: Tensor, count: int) -> Iterator[tuple[int, Any]]:
@@ -79,19 +100,17 @@ def _wide(tensor: Tensor) -> Tensor:
 @cache
 def _each_byte(dtype: torch.dtype) -> Tensor:
     """The ones and zeros that each byte stands for."""
-    return (torch.arange(256)[:, None] >> torch.arange(8)).bitwise_and_(1).to(dtype)
+    return (torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")).bitwise_and_(1).to(dtype)
 
 
 _AS_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _unpack(bits: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-    table = _each_byte(dtype)
-    if bits.device.type == "cpu":
-        rows = bits.new_empty((len(bits), 8), dtype=_AS_INTEGER[dtype.itemsize])
-        table.view(rows.dtype).numpy().take(bits.numpy(), axis=0, out=rows.numpy(), mode="wrap")
-    else:
-        rows = table.to(bits.device).index_select(0, bits.to(torch.int32))
+    if bits.device.type != "cpu":
+        return _over(_answers(bits).to(dtype), size, stride, dtype)
+    rows = bits.new_empty((len(bits), 8), dtype=_AS_INTEGER[dtype.itemsize])
+    _each_byte(dtype).view(rows.dtype).numpy().take(bits.numpy(), axis=0, out=rows.numpy(), mode="wrap")
     return _over(rows, size, stride, dtype)
 
 
@@ -133,10 +152,13 @@ def _let_through(gradient: Tensor, bits: Tensor, scale: float | None) -> Tensor:
 
 
 def _let_through_elsewhere(gradient: Tensor, bits: Tensor, scale: float | None) -> Tensor:
-    ones = _unpack(bits, gradient.shape, gradient.stride(), gradient.dtype)
-    if scale is None:
-        return torch.ops.aten.threshold_backward(gradient, ones, 0)  # type: ignore[no-any-return]
-    return ones.mul_(scale).mul_(gradient)
+    size, stride, dtype = gradient.shape, gradient.stride(), gradient.dtype
+    if scale is not None:
+        return _unpack(bits, size, stride, dtype).mul_(scale).mul_(gradient)
+    count = gradient.numel()
+    return _over(
+        torch.where(_answers(bits).view(-1)[:count], gradient.as_strided((count,), (1,)), 0.0), size, stride, dtype
+    )
 
 
 _library.impl("unpack_bits", _unpack_nothing, "Meta")

@@ -22,7 +22,7 @@ from .unseen import aside, unseen
 def _scale(dtype: torch.dtype, p: float) -> float:
     """What torch multiplies by what is not dropped."""
     with unseen(), torch._C._AutoDispatchBelowAutograd():
-        return float(torch.ops.aten.div_.Scalar(torch.ones(1, dtype=dtype), 1 - p))
+        return float(torch.ops.aten.div_.Scalar(torch.ones(1, dtype=dtype, device="cpu"), 1 - p))
 
 
 class Dropout(Kernel):
@@ -57,7 +57,7 @@ class Dropout(Kernel):
 def dropout(op: Any, input: Tensor, p: float, train: bool) -> Any:
     if not train or p == 0 or p == 1 or input.numel() == 0:
         return NotImplemented
-    if input.device.type != "cpu":  # there it ends in native_dropout
+    if input.device.type != "cpu" and not op._schema.is_mutable:  # there it ends in native_dropout
         return NotImplemented
     if op._schema.is_mutable and (input._is_view() or input.is_leaf):
         return NotImplemented

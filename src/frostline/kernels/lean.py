@@ -10,6 +10,8 @@ code then; if one is, they stay in, and only ask whether a run is open, until a 
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 import sys
 import threading
@@ -61,11 +63,13 @@ class LeanKernels:
 
     Attributes:
         fallbacks: op -> why torch's own kernel ran though it keeps more than is read -> how often.
+        num_replaced: how many ops ran otherwise than torch runs them.
         bits: the storages of bits that nodes save, which no mode sees; None unless somebody asks for them.
     """
 
     def __init__(self) -> None:
         self.fallbacks: dict[str, Counter[str]] = {}
+        self.num_replaced = 0
         self.bits: list[StorageWeakRef] | None = None
         self.is_open = False
         self._outer: LeanKernels | None = None
@@ -75,7 +79,7 @@ class LeanKernels:
         _install()
         self._outer = _current()
         self.is_open = True
-        torch._C._stash_obj_in_tls(_TLS, self)
+        _stash(self)
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -86,7 +90,7 @@ class LeanKernels:
         if self.is_open:
             look_again()
             self.is_open = False
-            torch._C._stash_obj_in_tls(_TLS, _current())
+            _stash(_current())
             _uninstall()
 
     def save(self, ctx: Any, bits: Tensor) -> None:
@@ -118,6 +122,25 @@ def watched_kernels() -> LeanKernels:
     run = LeanKernels()
     run.bits = []
     return run
+
+
+def _stash(run: LeanKernels | None) -> None:
+    """Make it this thread of control's."""
+    torch._C._stash_obj_in_tls(_TLS, run)
+    if _is_not_held():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(run))
+
+
+@functools.cache
+def _is_not_held() -> bool:
+    """Whether torch lets go of what it stashes without ever having held it, as 2.11 does."""
+    one = object()
+    before = sys.getrefcount(one)
+    torch._C._stash_obj_in_tls(f"{_TLS}: one", one)
+    if sys.getrefcount(one) > before:
+        return False
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+    return True
 
 
 def _current() -> LeanKernels | None:
@@ -192,9 +215,11 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
                     if isinstance(result, LeaveOut):
                         if hooks_disabled():
                             raise NotCoveredError("saved-tensor hooks are disabled")
+                        run.num_replaced += 1
                         with result:
                             return redispatch(_own(keyset, key), *args)
                     if result is not NotImplemented:
+                        run.num_replaced += 1
                         return result
                 except NotCoveredError as why:
                     run.fallbacks.setdefault(name, Counter())[str(why)] += 1

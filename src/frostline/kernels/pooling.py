@@ -5,18 +5,21 @@ Backward is eager's own, on a tensor that looks like the input, and for a maximu
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
 from .leaving_out import LeaveOut, users_hooks
 from .unread import Looks, unread
+from .unseen import unseen
 
 _aten = torch.ops.aten
 
@@ -63,19 +66,33 @@ class Windows:
         offsets = self.offsets()
         if offsets[-1] < 256:
             return offset.to(torch.uint8)
-        number = torch.zeros(offsets[-1] + 1, dtype=torch.uint8, device=indices.device)
-        number[torch.tensor(offsets, device=indices.device)] = torch.arange(
-            len(offsets), dtype=torch.uint8, device=indices.device
-        )
+        number = _numbers(offsets, indices)[1]
         return torch.empty_like(indices, dtype=torch.uint8).copy_(number[offset])
 
     def unpack(self, packed: Tensor) -> Tensor:
         offsets = self.offsets()
         wide = packed.to(torch.int64)
         if offsets[-1] >= 256:
-            table = torch.tensor(offsets, device=packed.device)
-            wide = wide.copy_(table[wide])
+            wide = wide.copy_(_numbers(offsets, packed)[0][wide])
         return wide.add_(self.starts(wide))
+
+
+def _numbers(offsets: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The offset of each element of a window by its number, and the number by its offset."""
+    if isinstance(like, FakeTensor):
+        return _made_numbers(tuple(offsets), like.device)
+    with unseen():
+        return _kept_numbers(tuple(offsets), like.device)
+
+
+def _made_numbers(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    table = torch.tensor(offsets, device=device)
+    number = torch.zeros(offsets[-1] + 1, dtype=torch.uint8, device=device)
+    number[table] = torch.arange(len(offsets), dtype=torch.uint8, device=device)
+    return table, number
+
+
+_kept_numbers = lru_cache(maxsize=64)(_made_numbers)  # (making them, an accelerator would be waited for)
 
 
 class MaxPool(Kernel):

@@ -86,7 +86,7 @@ def _elsewhere(looks: Looks, device: torch.device) -> Tensor:
 @lru_cache(maxsize=1024)
 def _on_cpu(looks: Looks) -> Tensor:
     with unseen(), torch.no_grad():
-        empty = torch.empty(0, dtype=looks.dtype)
+        empty = torch.empty(0, dtype=looks.dtype, device="cpu")
         return empty.set_(_untouched(looks.nbytes), 0, looks.shape, looks.stride)
 
 

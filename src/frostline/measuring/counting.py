@@ -14,6 +14,7 @@ from frostline.kernels import takes_no_memory
 from frostline.measuring.loop import Loop
 from frostline.probing.storages import living, storages_of
 from frostline.running.kept import Seen, kept_when_returned
+from frostline.tracing.calls import flat_outputs
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class _Watch(TorchDispatchMode):
             return op(*args, **kwargs)
         self._seen.given((args, kwargs))
         out = op(*args, **kwargs)
-        each = flops(op, args, kwargs, _flat(out))
+        each = flops(op, args, kwargs, flat_outputs(out))
         if each is None:
             self.uncounted.add(str(op))
         else:
@@ -96,10 +97,3 @@ class _Watch(TorchDispatchMode):
         keys = {s._cdata for s in storages_of(known)}
         found = [storage for key, storage in living(self._seen.found) if key not in keys]
         return {s.data_ptr(): s.nbytes() for s in found if s.nbytes() and s.data_ptr() and not takes_no_memory(s)}
-
-
-def _flat(out: Any) -> tuple[Tensor | None, ...]:
-    """An op's outputs, tensor lists laid out flat, an undefined one as None."""
-    if isinstance(out, (tuple, list)):
-        return tuple(each for item in out for each in _flat(item))
-    return (out,) if isinstance(out, Tensor) else (None,)

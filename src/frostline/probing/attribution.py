@@ -24,6 +24,7 @@ from frostline.tracing.calls import (
     TensorMeta,
     aliases,
     describe,
+    flat_outputs,
     grad_fn_of,
     makes_constant,
     result_side,
@@ -206,8 +207,8 @@ class Recording(TorchDispatchMode):
 
     def _record(self, op: Any, args: Any, kwargs: Any, result: Any, given: list[Tensor], changed: list[Tensor]) -> None:
         node = torch._C._current_autograd_node()
-        flat = list(result) if isinstance(result, (tuple, list)) else [result]
-        outputs = tuple(describe(o) if isinstance(o, Tensor) else None for o in flat)
+        flat = flat_outputs(result)
+        outputs = tuple(None if o is None else describe(o) for o in flat)
         number = len(self.ops)
         self.ops.append(
             _Running(

@@ -86,12 +86,14 @@ def dump(found: Probe) -> str:
     held = [[h.kind, h.index, h.nbytes, h.secondary] for h in found.held]
     ops = [[_encode_op(op) for op in found.backward], [_encode_op(op) for op in found.forward]]
     lie = [[g.index, g.given, g.storage, g.nbytes, g.fits, g.stride, g.view] for g in found.gradients]
-    return json.dumps([held, *ops, sorted(found.defined), list(found.sparse), found.refusal, found.confirmed, lie])
+    return json.dumps(
+        [held, *ops, sorted(found.defined), list(found.sparse), found.refusal, found.confirmed, lie, found.lean]
+    )
 
 
 def load(text: str) -> Probe:
     """The probe that `dump` wrote."""
-    held, backward, forward, defined, sparse, refusal, confirmed, lie = json.loads(text)
+    held, backward, forward, defined, sparse, refusal, confirmed, lie, lean = json.loads(text)
     gradients = tuple(Gradient(i, given, at, size, fits, tuple(s), view) for i, given, at, size, fits, s, view in lie)
     return Probe(
         held=tuple(Held(kind, index, nbytes, secondary) for kind, index, nbytes, secondary in held),
@@ -102,6 +104,7 @@ def load(text: str) -> Probe:
         refusal=refusal,
         confirmed=confirmed,
         gradients=gradients,
+        lean=lean,
     )
 
 

@@ -25,6 +25,7 @@ from frostline.probing.attribution import Recording, storage_key
 from frostline.probing.probe import Held, Question, go_backward, place_of, roots
 from frostline.probing.replay import perform, seed
 from frostline.tracing.calls import Slot, tensors_in
+from frostline.tracing.environment import is_here, undisturbed
 from frostline.tracing.graph import Unit
 from frostline.tracing.stand_ins import shrunk_call, stand_in
 
@@ -58,7 +59,7 @@ def needs(unit: Unit, question: Question, held: tuple[Held, ...]) -> tuple[Need,
     if held and _may_ask(unit, held):
         for smaller in _smaller(unit):
             try:
-                with torch.random.fork_rng(devices=[]):
+                with undisturbed():
                     return _Trial(smaller, question).needs(held)
             except Exception:  # sizes that do not fit together, or values that do not
                 continue
@@ -77,7 +78,7 @@ def _smaller(unit: Unit) -> Iterator[Unit]:
     fixed = max((value for value in (*unit.call.args, *unit.call.kwargs.values()) if type(value) is int), default=0)
     for call in (*(shrunk_call(unit.call, keep) for keep in (_SMALL, 8 * _SMALL) if keep >= fixed), unit.call):
         slots = (*call.inputs, *call.outputs)
-        if sum(slot.meta.nbytes for slot in slots) <= _LARGE and all(slot.meta.device == "cpu" for slot in slots):
+        if sum(slot.meta.nbytes for slot in slots) <= _LARGE and all(is_here(slot.meta.device) for slot in slots):
             yield replace(unit, call=call, inputs=call.inputs, outputs=call.outputs)
 
 
@@ -125,9 +126,9 @@ class _Trial:
         if not self._matters(number, _refill):
             return Need(0, width, False)
         most = 1
-        for position in positions[torch.randperm(len(positions))[:_NUM_ELEMENTS]].tolist():
+        for position in positions[torch.randperm(len(positions), device=positions.device)[:_NUM_ELEMENTS]].tolist():
             seen = {self._unchanged}
-            for value in (3 * torch.randn(_NUM_VALUES)).tolist():
+            for value in (3 * torch.randn(_NUM_VALUES, device="cpu")).tolist():
                 seen.add(self._run(number, partial(_set, position, value)))
                 if len(seen) > _FEW:
                     return Need(width, width, True)
@@ -158,7 +159,7 @@ class _Trial:
             outputs = list(tensors_in(perform(unit.call, tensors, recording)))
         edges, shapes, _ = roots(unit.call, outputs, question.receives)
         with torch.no_grad():
-            gradients = [torch.randn(meta.shape).to(meta.dtype) for meta in shapes]
+            gradients = [torch.randn(meta.shape, device=meta.device).to(meta.dtype) for meta in shapes]
             self._kept = _kept(recording, tensors, outputs)
             if number is not None and change is not None:
                 change(self._kept[number].elements)
@@ -194,8 +195,8 @@ def _set(position: int, value: float, elements: Tensor) -> None:
 def _elements(storage: torch.UntypedStorage, tensor: Tensor) -> tuple[Tensor, Tensor]:
     """All elements of a storage, under a version counter of their own, and the positions of those in ``tensor``."""
     every = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
-    numbers = torch.arange(len(every)).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-    return every, numbers.unique()
+    numbers = torch.arange(len(every), device=every.device)
+    return every, numbers.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).unique()
 
 
 def _kept(recording: Recording, tensors: list[Tensor], outputs: list[Tensor]) -> list[_Kept]:
@@ -210,8 +211,8 @@ def _kept(recording: Recording, tensors: list[Tensor], outputs: list[Tensor]) ->
     for order, (key, ref) in enumerate(recording.storages.items()):
         if place_of(key, *keys) is None and not ref.expired():
             storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
-            every = torch.empty(0, dtype=recording.dtypes[key]).set_(storage)
-            found.append(_Kept(("new", order), every, torch.arange(len(every))))
+            every = torch.empty(0, dtype=recording.dtypes[key], device=storage.device).set_(storage)
+            found.append(_Kept(("new", order), every, torch.arange(len(every), device=every.device)))
     return found
 
 
@@ -222,5 +223,5 @@ def _digest(gradients: dict[int, Tensor]) -> bytes:
         flat = gradients[index].to_dense().detach().clone().reshape(-1).resolve_conj().resolve_neg()
         flat[flat.isnan()] = math.nan
         found.update(str(index).encode())
-        found.update(flat.view(torch.uint8).numpy().tobytes())
+        found.update(flat.view(torch.uint8).cpu().numpy().tobytes())
     return found.digest()

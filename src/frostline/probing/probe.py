@@ -18,6 +18,7 @@ from frostline.kernels import LeanKernels, settle, watched_kernels
 from frostline.probing.attribution import RanOp, Recording, storage_key
 from frostline.probing.replay import Receiver, Stage, perform, seed
 from frostline.tracing.calls import Call, Side, Slot, TensorHook, TensorMeta, describe, tensors_in
+from frostline.tracing.environment import is_here, undisturbed
 from frostline.tracing.graph import Unit
 from frostline.tracing.interception import observed_by
 from frostline.tracing.recorder import autocast
@@ -75,6 +76,7 @@ class Probe:
         defined: the inputs that got a gradient; ``sparse``: bytes of those that are sparse.
         refusal: why autograd would not run this, where it would not.
         by_values: it took the values of integer inputs to find out.
+        lean: how many ops frostline's kernels ran.
         confirmed: False where a fake kernel's word about what it saves could not be checked on real tensors.
     """
 
@@ -87,6 +89,7 @@ class Probe:
     by_values: bool = False
     confirmed: bool = True
     gradients: tuple[Gradient, ...] = ()
+    lean: int = 0
 
     @property
     def reads_workspace(self) -> bool:
@@ -121,7 +124,7 @@ def probe(stage: Stage, unit: Unit, question: Question) -> Probe:
         if not _can_be_real(unit):
             raise
         try:
-            with torch.random.fork_rng(devices=[]):
+            with undisturbed():
                 return replace(_replay(stage, unit, question, real=True), by_values=True)
         except Exception:
             raise error from None
@@ -132,7 +135,7 @@ def probe(stage: Stage, unit: Unit, question: Question) -> Probe:
 
 def _can_be_real(unit: Unit, limit: int = _REAL_LIMIT) -> bool:
     total = sum(slot.meta.nbytes for slot in (*unit.inputs, *unit.call.outputs))
-    return total <= limit and all(slot.meta.device == "cpu" for slot in unit.inputs)
+    return total <= limit and all(is_here(slot.meta.device) for slot in unit.inputs)
 
 
 def _confirmed(stage: Stage, unit: Unit, question: Question, found: Probe) -> Probe:
@@ -154,7 +157,7 @@ def real_gradients(stage: Stage, unit: Unit, question: Question) -> tuple[Gradie
     """Where gradients lie that real kernels leave, which a fake one may not know; None: too large, or not to be run."""
     try:
         if _can_be_real(unit):
-            with torch.random.fork_rng(devices=[]):
+            with undisturbed():
                 return _replay(stage, unit, question, real=True).gradients
     except Exception:  # made-up values may be refused
         pass
@@ -171,7 +174,7 @@ def _shrunk(unit: Unit) -> Unit | None:
 
 def _saved_for_real(stage: Stage, unit: Unit, question: Question) -> tuple[Held, ...] | None:
     try:
-        with torch.random.fork_rng(devices=[]):
+        with undisturbed():
             return _replay(stage, unit, question, real=True).held
     except Exception:  # a kernel that refuses made-up values says nothing about what it saves
         return None
@@ -181,7 +184,7 @@ def timed_probe(
     stage: Stage, unit: Unit, question: Question, runner: Callable[[Any, Any, Any], Any]
 ) -> tuple[RanOp, ...]:
     """Replay ``unit`` on real tensors with ``runner`` running every op that `Probe` lists; the ops, forward first."""
-    with torch.random.fork_rng(devices=[]):
+    with undisturbed():
         found = _replay(stage, unit, question, real=True, runner=runner)
     return (*found.forward, *found.backward)
 
@@ -210,7 +213,7 @@ def _replay(
             output_keys = [storage_key(t) for t in outputs]
             edges, shapes, numbers = roots(call, outputs, question.receives)
             alive = range(len(outputs)) if question.reached is None else question.reached
-            nodes = [outputs[i].grad_fn for i in alive if i < len(outputs)]
+            nodes = [owner(outputs[i]) for i in alive if i < len(outputs)]
             del result, outputs, tensors
             torch.clear_autocast_cache()  # (nested contexts clear it only when the outermost ends)
             held = _survivors(recording, input_keys, output_keys, inputs.leaves, is_user_code=call.kind != "op")
@@ -238,7 +241,8 @@ def _replay(
             got[index] = leaf.grad
     sparse = tuple((i, g._indices().nbytes + g._values().nbytes) for i, g in got.items() if g.is_sparse)
     lie = tuple(_lies(index, got[index], unit.inputs[index], origin, recording) for index in sorted(got))
-    return Probe(held, recording.take(), forward, frozenset(got), sparse, refusal, gradients=lie)
+    lean = 0 if run is None else run.num_replaced
+    return Probe(held, recording.take(), forward, frozenset(got), sparse, refusal, gradients=lie, lean=lean)
 
 
 def _lies(index: int, gradient: Tensor, slot: Slot, origin: dict[int, int], recording: Recording) -> Gradient:
@@ -385,15 +389,26 @@ def roots(
         key = (id(tensor.grad_fn), tensor.output_nr)
         if not receives and call.kind in ("function", "checkpoint"):  # reached, but by no defined gradient
             cut = _Cut.apply(tensor)  # type: ignore[no-untyped-call]
-            edges.append(GradientEdge(cut.grad_fn, 0))
+            edges.append(GradientEdge(cut.grad_fn, 0, owner(cut)))
             shapes.append(describe(tensor))
             numbers.append(number)
         elif number in receives and key not in seen:
             seen.add(key)
-            edges.append(GradientEdge(tensor.grad_fn, tensor.output_nr))
+            edges.append(GradientEdge(tensor.grad_fn, tensor.output_nr, owner(tensor)))
             shapes.append(describe(tensor))
             numbers.append(number)
     return edges, shapes, numbers
+
+
+def owner(tensor: Tensor) -> Any:
+    """What keeps the node of a tensor alive: the node; of a Function's, which Python may not own, one behind it.
+
+    Source: ``get_gradient_edge`` in torch/autograd/graph.py (2.11), which makes a view to that end.
+    """
+    node = tensor.grad_fn
+    if not isinstance(node, torch._C._FunctionBase):
+        return node
+    return torch._C._functions.DelayedError("", 1)(tensor).grad_fn  # runs no op
 
 
 def _survivors(
@@ -446,7 +461,13 @@ def go_backward(roots: Any, gradients: Any, targets: list[Tensor] | None) -> str
     if targets == []:
         return ""
     try:
-        torch.autograd.backward(roots, gradients, inputs=targets)
+        if isinstance(roots, Tensor):
+            torch.autograd.backward(roots, gradients, inputs=targets)
+            return ""
+        # What that ends in. In torch 2.11 it asks edges first what a node of the user's cannot say.
+        engine: Any = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+        given, asked = (tuple(roots), tuple(gradients)), tuple(targets or ())
+        engine(*given, False, False, asked, allow_unreachable=True, accumulate_grad=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise

@@ -58,7 +58,7 @@ class Receiver:
 
 def seed(tensor: Tensor, sink: Callable[[Tensor], None]) -> tuple[Tensor, Tensor, Receiver]:
     """Make ``tensor`` need a gradient; returns it, the token to differentiate by, and the receiver to keep alive."""
-    token = torch.empty((), requires_grad=True)
+    token = torch.empty((), requires_grad=True, device=tensor.device)
     seeded = _Seed.apply(token, tensor)  # type: ignore[no-untyped-call]
     receiver = Receiver(sink)
     _received[id(seeded.grad_fn)] = receiver
@@ -98,7 +98,7 @@ def _perform_checkpoint(call: Call, tensors: Sequence[Tensor], recording: Record
         values = dict(captured)
         values.update(zip((slot.value for slot in region.inputs), given, strict=True))
         again = recording.recompute() if runs > 1 and recording is not None else nullcontext()
-        with torch.autocast("cpu", enabled=False), again:
+        with autocast(()), again:
             interpret(region.children, values, recording, wanted)
         return tuple(values[value] for value in wanted)
 

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frostline.tracing.calls import Call, fill, is_view, tensors_in
+from frostline.tracing.environment import is_here, undisturbed
 from frostline.tracing.stand_ins import shrunk_call, stand_in
 
 _REAL_LIMIT = 1 << 30  # bytes of tensors that one op may be given to be run for real
@@ -24,7 +25,7 @@ def true_sizes(calls: Iterable[Call], fake_mode: FakeTensorMode) -> dict[int, in
     found: dict[int, int] = {}
     known: dict[Any, list[int] | None] = {}
     for call in calls:
-        if is_view(call.target) or not call.outputs or call.target._schema.is_mutable or not _on_cpu(call):
+        if is_view(call.target) or not call.outputs or call.target._schema.is_mutable or not _can_run(call):
             continue
         key = (call.target, tuple(slot.meta.dtype for slot in call.inputs))
         if key not in _trusted:
@@ -40,9 +41,9 @@ def true_sizes(calls: Iterable[Call], fake_mode: FakeTensorMode) -> dict[int, in
     return found
 
 
-def _on_cpu(call: Call) -> bool:
+def _can_run(call: Call) -> bool:
     return all(
-        slot.meta.device == "cpu" and slot.meta.layout is torch.strided for slot in (*call.inputs, *call.outputs)
+        is_here(slot.meta.device) and slot.meta.layout is torch.strided for slot in (*call.inputs, *call.outputs)
     )
 
 
@@ -50,7 +51,7 @@ def _returned(call: Call, fake_mode: FakeTensorMode | None) -> list[int] | None:
     """Bytes of the storage behind each tensor that the op returns; None if it does not run on such tensors."""
     try:
         # (No tensor here needs a gradient, but a kernel may ask whether any could: the fused LSTM's workspace.)
-        with torch.set_grad_enabled(call.grad_enabled), torch.random.fork_rng(devices=[]):
+        with torch.set_grad_enabled(call.grad_enabled), undisturbed():
             if fake_mode is None:
                 return _run(call, real=True)
             with fake_mode:

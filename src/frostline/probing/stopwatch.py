@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.profiler import profile
 
 from frostline.tracing.calls import TensorMeta, tensors_in
+from frostline.tracing.environment import undisturbed
 from frostline.tracing.stand_ins import stand_in
 
 ROTATED_BYTES = 48 << 20  # more than a last-level cache holds
@@ -36,6 +37,11 @@ _BETWEEN_BYTES = 28 << 20  # that a step's other ops touch until the same scratc
 COOLED_SAMPLES = 9  # reading that much takes longer than most calls
 _LEFT_BY_FORWARD = ("workspace", "reserve")  # arguments that a kernel trusts to be what its forward left for it
 _SHORT = 2e-4  # seconds; calls shorter than this are timed several at a time
+_TOGETHER = 5e-4  # seconds: as many calls are handed to an accelerator at a time
+_MOST_AT_A_TIME = 32
+_LONGEST_WAIT = 0.05  # seconds
+_CYCLES = 2e9  # a second, of the accelerator's clock at its fastest
+_CACHES = 3  # of an accelerator: so many times its last-level cache is rotated through
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Timing:
         seconds: the median of ``num_samples`` calls; ``spread``: half the distance of their quartiles.
         scratch_bytes: the most that the kernel held at a time, its results apart.
         failure: why it could not be run; '' if it was.
+        host_seconds: what it takes to hand the call to an accelerator, which ``seconds`` are of; on the CPU 0.
     """
 
     seconds: float
@@ -76,11 +83,19 @@ class Timing:
     scratch_bytes: int
     num_samples: int = 1
     failure: str = ""
+    host_seconds: float = 0.0
 
     @property
     def uncertainty(self) -> float:
         """Of the median, in seconds."""
         return float(self.spread / max(self.num_samples, 1) ** 0.5)
+
+
+def rotated_bytes(device: torch.device) -> int:
+    """What inputs are rotated through: more than the device's caches hold."""
+    if device.type != "cuda":
+        return ROTATED_BYTES
+    return max(ROTATED_BYTES, _CACHES * torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def failed(why: str) -> Timing:
@@ -110,22 +125,30 @@ class Stopwatch:
         left = [a.name for a in work.op._schema.arguments if a.name in _LEFT_BY_FORWARD]
         if left:  # (made up, it would crash the process)
             return failed(f"reads a {left[0]} that only its forward can make")
-        with torch.set_grad_enabled(work.grad_enabled), torch.random.fork_rng(devices=[]):
+        with torch.set_grad_enabled(work.grad_enabled), undisturbed():
             try:
                 scratch = self._scratch(work)
-                rotation = _Rotation(work)
-                samples = self._samples(rotation, None if self._on_accelerator else rotation.cool)
+                rotation = _Rotation(work, rotated_bytes(self.device))
+                samples, host = self._samples(rotation, rotation.cool)
             except Exception as error:  # made-up values that a kernel refuses; no memory
                 return failed(reason(error))
-        return _summary(samples, scratch)
+        return _summary(samples, host, scratch)
 
     def time_call(self, call: Callable[[], Any], parts: int) -> Timing:
         """Time a call that does the same ``parts`` times: of one of them."""
-        samples = [sample / parts for sample in self._samples(call)]
-        return _summary(samples, 0)
+        samples, host = ([sample / parts for sample in found] for found in self._samples(call))
+        return _summary(samples, host, 0)
 
-    def _samples(self, call: Callable[[], Any], cool: Callable[[], Any] | None = None) -> list[float]:
-        """Seconds of a call, several times; ``cool`` is done, off the clock, before each that is timed alone."""
+    def _samples(
+        self, call: Callable[[], Any], cool: Callable[[], Any] | None = None
+    ) -> tuple[list[float], list[float]]:
+        """Seconds of a call, several times, and those of handing it over (none on the CPU).
+
+        Args:
+            cool: done, off the clock, before each that is timed alone (on the CPU).
+        """
+        if self._on_accelerator:
+            return self._samples_there(call)
         once = self._timed(call, 1)
         at_a_time = max(1, min(50, int(_SHORT / max(once, 1e-7))))
         samples: list[float] = [once] if once > _LONG else []
@@ -138,19 +161,45 @@ class Stopwatch:
             seconds = self._timed(call, at_a_time)
             samples.append(seconds / at_a_time)
             spent += seconds
-        return samples
+        return samples, []
 
     def _timed(self, call: Callable[[], Any], times: int) -> float:
-        if self._on_accelerator:
-            return _timed_by_events(call, times, self.device)
         start = self.clock()
         for _ in range(times):
             call()
         return self.clock() - start
 
+    # -- accelerators: two clocks --------------------------------------------------------------------------------------
+
+    def _samples_there(self, call: Callable[[], Any]) -> tuple[list[float], list[float]]:
+        """As `_samples`. The device waits until it has the calls, so that it never waits between them."""
+        torch.cuda.synchronize(self.device)
+        once = max(self._timed(call, 1), self._behind(call, 1, _SHORT)[0], 1e-6)
+        at_a_time = max(1, min(_MOST_AT_A_TIME, int(_TOGETHER / once)))
+        seconds: list[float] = []
+        host: list[float] = []
+        spent = 0.0
+        while len(seconds) < MOST_SAMPLES and (spent < _ENOUGH or (len(seconds) < 3 and spent < _LONG)):
+            torch.cuda.synchronize(self.device)
+            host.append(self._timed(call, at_a_time) / at_a_time)
+            seconds.append(self._behind(call, at_a_time, _SHORT + 1.5 * host[-1] * at_a_time)[0])
+            spent += at_a_time * max(host[-1], seconds[-1])
+        return seconds, host
+
+    def _behind(self, call: Callable[[], Any], times: int, head_start: float) -> tuple[float, float]:
+        """Seconds of a call on the device once it is let go, and of handing it over meanwhile."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(self.device)
+        torch.cuda._sleep(int(min(head_start, _LONGEST_WAIT) * _CYCLES))
+        begin.record()
+        host = self._timed(call, times)
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return float(begin.elapsed_time(end)) / 1000 / times, host / times
+
     def _scratch(self, work: Work) -> int:
         """Bytes the kernel held at most, beyond what it returned."""
-        args, kwargs = _Inputs(work).take(work)
+        args, kwargs = _Inputs(work, rotated_bytes(self.device)).take(work)
         return self.with_scratch(lambda: work.op(*args, **kwargs))[1]
 
     def with_scratch(self, call: Callable[[], Any]) -> tuple[Any, int]:
@@ -188,31 +237,34 @@ class Stopwatch:
             return result
 
         replay(sizing)
-        samples: list[list[float]] = [[] for _ in scratches]
+        samples: list[list[tuple[float, float]]] = [[] for _ in scratches]
         spent = 0.0
         rounds = 0
         while rounds < MOST_SAMPLES and (spent < _ENOUGH or (rounds < 3 and spent < _LONG)):
-            seconds: list[float] = []
+            taken: list[tuple[float, float]] = []
 
-            def timing(op: Any, args: Any, kwargs: Any, seconds: list[float] = seconds) -> Any:
+            def timing(op: Any, args: Any, kwargs: Any, taken: list[tuple[float, float]] = taken) -> Any:
                 results: list[Any] = []
-                seconds.append(self._timed(lambda: results.append(op(*args, **kwargs)), 1))
+                once = functools.partial(lambda op, args, kwargs: results.append(op(*args, **kwargs)), op, args, kwargs)
+                taken.append(self._behind(once, 1, _SHORT) if self._on_accelerator else (self._timed(once, 1), 0.0))
                 return results[0]
 
             replay(timing)
-            for sample, value in zip(samples, seconds, strict=True):
-                sample.append(value)
-            spent += sum(seconds)
+            for sample, pair in zip(samples, taken, strict=True):
+                sample.append(pair)
+            spent += sum(map(sum, taken))
             rounds += 1
-        return [_summary(sample, scratch) for sample, scratch in zip(samples, scratches, strict=True)]
+        apart = [([seconds for seconds, _ in sample], [host for _, host in sample]) for sample in samples]
+        return [_summary(*each, scratch) for each, scratch in zip(apart, scratches, strict=True)]
 
 
 Runner = Callable[[Any, Any, Any], Any]
 
 
-def _summary(samples: list[float], scratch: int) -> Timing:
+def _summary(samples: list[float], host: list[float], scratch: int) -> Timing:
     quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
-    return Timing(quartiles[1], (quartiles[2] - quartiles[0]) / 2, scratch, len(samples))
+    spread, host_seconds = (quartiles[2] - quartiles[0]) / 2, statistics.median(host or [0.0])
+    return Timing(quartiles[1], spread, scratch, len(samples), host_seconds=host_seconds)
 
 
 @contextmanager
@@ -227,32 +279,21 @@ def _quiet_profiler() -> Iterator[None]:
             os.environ.pop("KINETO_LOG_LEVEL", None)
 
 
-def _timed_by_events(call: Callable[[], Any], times: int, device: torch.device) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    begin.record()
-    for _ in range(times):
-        call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return float(begin.elapsed_time(end)) / 1000
-
-
 class _Rotation:
     """Calls of ``work``, each with the next set of inputs. The last results are kept for a while, so that a result lies
     in memory that was in use before, but not just now.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, rotated: int) -> None:
         self._work = work
-        made = _Inputs(work)
-        sets = max(1, min(_MOST_SETS if made.cheap else _FEW_SETS, ROTATED_BYTES // max(work.nbytes(near=False), 1)))
+        made = _Inputs(work, rotated)
+        sets = max(1, min(_MOST_SETS if made.cheap else _FEW_SETS, rotated // max(work.nbytes(near=False), 1)))
         self._rotated = deque(made.take(work) for _ in range(sets))
         args, kwargs = self._rotated[0]
         strided = [each for each in tensors_in(work.op(*args, **kwargs)) if each.layout is torch.strided]
         results = sum(each.untyped_storage().nbytes() for each in strided) if not made.writes else 0
         del strided
-        self._kept: deque[Any] = deque(maxlen=min(_MOST_SETS, ROTATED_BYTES // (2 * max(results, 1))))
+        self._kept: deque[Any] = deque(maxlen=min(_MOST_SETS, rotated // (2 * max(results, 1))))
         for _ in range(self._kept.maxlen or 0):
             self()
 
@@ -275,7 +316,8 @@ class _Inputs:
     Memory of its own goes to what an op writes to, and to what does not fit.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, rotated: int) -> None:
+        self._arena_bytes = 2 * rotated
         self.bound = _index_bound(work)
         self.writes = work.op._schema.is_mutable
         self.cheap = not self.writes and all(map(_fits_arena, work.metas))
@@ -305,7 +347,7 @@ class _Inputs:
     def _tensor(self, meta: TensorMeta) -> Tensor:
         if _fits_arena(meta) and not self.writes and meta.numel:
             extent = 1 + sum((size - 1) * stride for size, stride in zip(meta.shape, meta.stride, strict=True))
-            arena = _arena(meta.dtype, meta.device, 2 * ROTATED_BYTES)
+            arena = _arena(meta.dtype, meta.device, self._arena_bytes)
             if 2 * extent <= len(arena):
                 if self._next + extent > len(arena):
                     self._next = 0
@@ -337,7 +379,7 @@ def _arena(dtype: torch.dtype, device: str, nbytes: int) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def _elsewhere(nbytes: int) -> Tensor:
     """Memory that nothing else uses."""
-    return torch.ones(nbytes // 8, dtype=torch.int64)
+    return torch.ones(nbytes // 8, dtype=torch.int64, device="cpu")
 
 
 def _index_bound(work: Work) -> int:

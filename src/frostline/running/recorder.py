@@ -20,7 +20,7 @@ from frostline.costing.formulas import flops
 from frostline.kernels import settle
 from frostline.probing.attribution import storage_key
 from frostline.running.kept import Seen, graph, kept_storages
-from frostline.tracing.calls import UNSEEN, makes_constant, tensors_in, written
+from frostline.tracing.calls import UNSEEN, flat_outputs, makes_constant, tensors_in, written
 from frostline.tracing.interception import is_reentrant_checkpoint, observed_by
 
 
@@ -215,8 +215,8 @@ class StepRecorder(TorchDispatchMode):
     def _record(self, op: Any, args: Any, kwargs: Any, result: Any) -> None:
         node = torch._C._current_autograd_node()
         frame = None if node is None else self._frames.get(node._sequence_nr())
-        outputs = [each if isinstance(each, Tensor) else None for each in _flat(result)]
-        counted = flops(op, args, kwargs, tuple(outputs))
+        outputs = flat_outputs(result)
+        counted = flops(op, args, kwargs, outputs)
         if counted is None:
             self.uncounted.add(str(op))
         module = self._stack[-1] if self._stack else "" if frame is None else frame.module
@@ -332,10 +332,6 @@ class StepRecorder(TorchDispatchMode):
 def _next_number() -> int:
     """The sequence number that autograd would give the next node of this thread."""
     return int(torch._C._autograd._get_sequence_nr())
-
-
-def _flat(result: Any) -> list[Any]:
-    return [part for each in result for part in _flat(each)] if isinstance(result, (tuple, list)) else [result]
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

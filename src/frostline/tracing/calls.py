@@ -263,6 +263,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def flat_outputs(result: Any) -> tuple[Tensor | None, ...]:
+    """What an op returned, lists among it laid out flat; an undefined output is None."""
+    if isinstance(result, (tuple, list)):
+        return tuple(each for item in result for each in flat_outputs(item))
+    return (result,) if isinstance(result, Tensor) else (None,)
+
+
 @functools.cache
 def _aliased_arguments(op: Any) -> tuple[int | None, ...]:
     """Per result of an op: the argument it is a view of, or is, by its schema."""

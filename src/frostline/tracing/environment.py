@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,25 @@ def set_rng_state(state: tuple[Any, ...]) -> None:
     torch.random.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state_all(cuda)
+
+
+def undisturbed() -> AbstractContextManager[None]:
+    """Random numbers that torch draws inside do not show outside, on no device in use."""
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+    context: AbstractContextManager[None] = torch.random.fork_rng(devices=range(torch.cuda.device_count() * in_use))
+    return context
+
+
+def is_here(device: str) -> bool:
+    """Whether kernels run on a device, so that they can be asked: on the CPU, and on the accelerator that is there."""
+    kind = torch.device(device).type
+    return kind in devices_here()
+
+
+def devices_here() -> list[str]:
+    """The kinds of device on which kernels run."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ["cpu"] + ([accelerator.type] if accelerator is not None else [])
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Seeing calls that no mode of torch's shows: ``Function.apply``, ``checkpoint``, and modules being called.
 
 ``Function.apply`` is replaced in its code object, not as a class attribute: ``fn = MyFunction.apply`` stored at import
-time is a bound method over the same function object, so both spellings are seen. Modules are seen by
-replacing ``nn.Module.__call__``: hooks would be noticed (fused encoders give up when they find any). Threads without an
-active observer run torch's own code.
+time is a bound method over the same function object, so both spellings are seen. (From torch 2.14 on it is written in
+C, and an attribute is all that can be replaced.) Modules are seen by replacing ``nn.Module.__call__``: hooks would be
+noticed (fused encoders give up when they find any). Threads without an active observer run torch's own code.
 """
 
 from __future__ import annotations
@@ -40,9 +40,23 @@ _local = threading.local()
 _lock = threading.Lock()
 _installed = 0
 
-_apply = Function.__dict__["apply"].__func__
-_torch_apply = types.FunctionType(_apply.__code__, _apply.__globals__, "apply", _apply.__defaults__, _apply.__closure__)
-_torch_checkpoint_generator = torch_checkpoint._checkpoint_without_reentrant_generator
+_apply = Function.__dict__["apply"]
+_is_python = isinstance(_apply, classmethod)
+
+
+def _of_its_own() -> Callable[..., Any]:
+    if not _is_python:
+        return lambda cls, *args, **kwargs: _apply.__get__(None, cls)(*args, **kwargs)
+    own = _apply.__func__
+    return types.FunctionType(own.__code__, own.__globals__, "apply", own.__defaults__, own.__closure__)
+
+
+_torch_apply = _of_its_own()
+
+_GENERATOR = "_checkpoint_without_reentrant_generator"  # what runs a non-reentrant checkpoint
+_GENERATOR_2_14 = f"{_GENERATOR}_impl"  # ... from torch 2.14 on, which takes the arguments apart
+_generator = _GENERATOR_2_14 if hasattr(torch_checkpoint, _GENERATOR_2_14) else _GENERATOR
+_torch_checkpoint_generator = getattr(torch_checkpoint, _generator)
 
 
 def current_observer() -> Observer | None:
@@ -96,18 +110,44 @@ def _observed_checkpoint(
     *args: Any,
     **kwargs: Any,
 ) -> Generator[None, None, None]:
+    def own(function: Callable[..., Any]) -> Generator[None, None, None]:
+        given = (preserve_rng_state, context_fn, determinism_check, debug, early_stop)
+        found: Generator[None, None, None] = _torch_checkpoint_generator(function, *given, *args, **kwargs)
+        return found
+
+    yield from _shown(fn, args, kwargs, context_fn, early_stop, own)
+
+
+def _observed_checkpoint_2_14(
+    fn: Callable[..., Any], args: Any, kwargs: Any, *,
+    context_fn: Any = torch_checkpoint.noop_context_fn, early_stop: bool = True, **how: Any,
+) -> Generator[None, None, None]:  # fmt: skip
+    def own(function: Callable[..., Any]) -> Generator[None, None, None]:
+        found: Generator[None, None, None] = _torch_checkpoint_generator(
+            function, args, kwargs, context_fn=context_fn, early_stop=early_stop, **how
+        )
+        return found
+
+    yield from _shown(fn, args, kwargs, context_fn, early_stop, own)
+
+
+def _shown(
+    fn: Callable[..., Any], args: Any, kwargs: Any, context_fn: Any, early_stop: bool,
+    own: Callable[[Callable[..., Any]], Generator[None, None, None]],
+) -> Generator[None, None, None]:  # fmt: skip
+    """Torch's ``own`` generator for a function, shown to this thread's observer."""
     observer = current_observer()
-    again = fn if observer is None else observer.run_again(fn)
-    own = _torch_checkpoint_generator(
-        again, preserve_rng_state, context_fn, determinism_check, debug, early_stop, *args, **kwargs
-    )
     if observer is None:
-        yield from own
+        yield from own(fn)
         return
     chosen = torch_checkpoint._enable_checkpoint_early_stop  # set_checkpoint_early_stop() overrules the argument
     options = {"context_fn": context_fn, "early_stop": early_stop if chosen is None else chosen}
+    again = own(observer.run_again(fn))
     with observer.checkpoint_region(fn, options, args, kwargs):
-        yield from own
+        yield from again
+
+
+_observed = _observed_checkpoint if _generator == _GENERATOR else _observed_checkpoint_2_14
 
 
 @contextmanager
@@ -118,8 +158,11 @@ def observed_by(observer: Observer | None) -> Iterator[None]:
     with _lock:
         _installed += 1
         if _installed == 1:
-            _apply.__code__ = _Shadow.apply.__code__
-            torch_checkpoint._checkpoint_without_reentrant_generator = _observed_checkpoint
+            if _is_python:
+                _apply.__func__.__code__ = _Shadow.apply.__code__
+            else:
+                Function.apply = classmethod(_Shadow.apply)  # type: ignore[assignment, arg-type, method-assign]
+            setattr(torch_checkpoint, _generator, _observed)
             nn.Module.__call__ = _observed_module_call  # type: ignore[method-assign]
             torch.overrides.has_torch_function = _has_torch_function_of_its_own
     _local.observer = observer
@@ -130,8 +173,11 @@ def observed_by(observer: Observer | None) -> Iterator[None]:
         with _lock:
             _installed -= 1
             if _installed == 0:
-                _apply.__code__ = _torch_apply.__code__
-                torch_checkpoint._checkpoint_without_reentrant_generator = _torch_checkpoint_generator
+                if _is_python:
+                    _apply.__func__.__code__ = _torch_apply.__code__
+                else:
+                    Function.apply = _apply  # type: ignore[method-assign]
+                setattr(torch_checkpoint, _generator, _torch_checkpoint_generator)
                 nn.Module.__call__ = _torch_module_call  # type: ignore[method-assign]
                 torch.overrides.has_torch_function = _torch_has_torch_function
 

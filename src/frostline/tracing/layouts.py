@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from frostline.tracing.calls import Call, TensorMeta, fill, freeze, is_view, tensors_in
+from frostline.tracing.environment import is_here, undisturbed
 from frostline.tracing.stand_ins import shrunk_call, stand_in
 
 Order = tuple[int, ...]  # dimensions from the one that varies slowest in memory to the fastest
@@ -23,7 +24,9 @@ def with_true_layout(call: Call, result: Any) -> Any:
     """What an op returned on fake tensors, laid out as its kernel does. ``call.outputs`` describe ``result``."""
     if is_view(call.target) or call.target._schema.is_mutable or all(map(_contiguous, call.inputs)):
         return result
-    if not any(len(slot.meta.shape) > 1 for slot in call.outputs) or any(s.meta.device != "cpu" for s in call.inputs):
+    if not any(len(slot.meta.shape) > 1 for slot in call.outputs):
+        return result
+    if not all(is_here(slot.meta.device) for slot in call.inputs):
         return result
     try:
         key = (call.target, freeze(call.args), freeze(call.kwargs), tuple(slot.meta for slot in call.inputs))
@@ -67,7 +70,7 @@ def _ask(call: Call) -> tuple[Order | None, ...]:
     small = shrunk_call(call)
     unchanged: tuple[Order | None, ...] = (None,) * len(call.outputs)
     try:
-        with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with unset_fake_temporarily(), torch.no_grad(), undisturbed():
             tensors = [stand_in(slot.meta, real=True) for slot in small.inputs]
             made = list(tensors_in(call.target(*fill(small.args, tensors), **fill(small.kwargs, tensors))))
     except Exception:  # made-up values, or sizes, that the op refuses

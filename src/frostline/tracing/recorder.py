@@ -40,6 +40,7 @@ from frostline.tracing.calls import (
     tensors_in,
     written,
 )
+from frostline.tracing.environment import devices_here
 from frostline.tracing.interception import is_reentrant_checkpoint, observed_by
 from frostline.tracing.layouts import with_true_layout
 
@@ -54,10 +55,8 @@ def autocast_state() -> tuple[Any, ...]:
     """Whether autocast is on for the CPU and for the accelerator, its dtypes, and whether it caches casts."""
     if not torch._C._is_any_autocast_enabled():
         return ()
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    devices = ["cpu"] + ([accelerator.type] if accelerator is not None else [])
     return (
-        *((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
+        *((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices_here()),
         torch.is_autocast_cache_enabled(),
     )
 
@@ -67,7 +66,8 @@ def autocast(state: tuple[Any, ...]) -> Iterator[None]:
     """The autocast state that `autocast_state` returned; () is none."""
     with ExitStack() as stack:
         if not state:
-            stack.enter_context(torch.autocast("cpu", enabled=False))
+            for device in devices_here():
+                stack.enter_context(torch.autocast(device, enabled=False))
         else:
             *devices, cache = state
             for device, enabled, dtype in devices:

@@ -155,7 +155,7 @@ class Steps:
         if not kinds or not kinds[0].__module__.startswith("torch.optim"):
             return "adamw"
         try:
-            optimizer_model(kinds[0]).state_bytes(torch.zeros(1))
+            optimizer_model(kinds[0]).state_bytes(torch.zeros(1, device="cpu"))
         except Exception:  # LBFGS, and those of sparse gradients, or of matrices alone
             return "adamw"
         return kinds[0]

@@ -17,9 +17,10 @@ from frostline.costing.engine import masks
 from frostline.costing.optimizers import optimizer_model
 from frostline.costing.overhead import Overhead
 from frostline.costing.seconds import PARTS, Clockwork
-from frostline.kernels import activation, dropout
+from frostline.kernels import activation, dropout, lean_kernels
 from frostline.kernels.bits import pack_bits
 from frostline.probing import stopwatch
+from frostline.probing.stopwatch import Timing, Work
 from frostline.probing.timings import Timings
 from frostline.tracing.calls import is_view
 
@@ -230,3 +231,57 @@ def test_packing_takes_time_for_what_a_run_packs(monkeypatch: pytest.MonkeyPatch
     frozen = trace.cost(train)
     plain = Clockwork(frozen._flags[0], clockwork.timings, clockwork.overhead)
     assert plain.packing(frozen._sums.held) == 0
+
+
+class Accelerator:
+    """Timings of one, where every op takes as long."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, seconds: float, host_seconds: float) -> None:
+        self.timing = Timing(seconds, 0.0, 0, host_seconds=host_seconds)
+
+    def get(self, work: Work) -> Timing:
+        return self.timing
+
+    def get_other(self, *_how: object, **_more: object) -> Timing:
+        return self.timing
+
+    def known(self, work: Work) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("device", "host"), [(1.0, 0.0), (1.0, 0.5), (1.0, 2.0), (0.0, 1.0)])
+def test_an_accelerator_waits_for_the_host_or_the_host_for_it(device: float, host: float) -> None:
+    trace = wide()
+    cost = trace.cost("@all")
+    ledger, *flags = cost._flags
+    overhead = Overhead(forward=3.0, backward=0.0, optimizer=7.0)
+    clockwork = Clockwork(ledger, Accelerator(device, host), overhead)  # type: ignore[arg-type]
+    tally = clockwork.tally(*flags)
+    found = clockwork.step(*flags, trace.parameter_list, [], optimizer_model("adamw"))
+    num_parameters = len(trace.parameter_list)
+    there = [device * tally.forward_ops, device * tally.backward_ops, device * num_parameters]
+    here = [(host + 3) * tally.forward_ops, host * tally.backward_ops, host * num_parameters + 7]
+    queued = 0.0
+    for given, takes in zip(here, there, strict=True):  # (each part all at once, when the host has handed it over)
+        queued = max(queued, sum(here[: here.index(given)])) + takes
+    assert found.total == pytest.approx(max(queued, sum(here)))
+    assert found.forward == there[0]
+    assert found.overhead >= 0
+
+
+def test_what_lean_kernels_take_to_be_called_is_counted_where_they_run() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    trace = fl.trace(model, torch.randn(3, 2, 8), loss="sum")
+    kept = {train: trace.cost(train, method="train-only") for train in ("@all", "0.bias", "5")}
+    numbers = {}
+    for train, cost in kept.items():
+        clockwork = Clockwork(cost._flags[0], Accelerator(1.0, 0.0), Overhead(0.0, 0.0))  # type: ignore[arg-type]
+        with lean_kernels() as run:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in cost.subset.names)
+            model(torch.randn(3, 2, 8)).sum()
+        numbers[train] = run.num_replaced
+        assert clockwork.tally(*cost._flags[1:]).lean_ops == run.num_replaced, train
+    assert numbers["5"] == 0 < numbers["@all"]

@@ -192,9 +192,14 @@ class Clockwork:
         given = (*host, stepping)
         return max(sum(given[:part]) + sum(parts[part:]) for part in range(len(parts) + 1)) - sum(parts)
 
+    @property
+    def _waits(self) -> bool:
+        """Whether the ops run on an accelerator, which may wait for the host."""
+        return self.timings.device.type != "cpu"
+
     def _on_host(self, tally: Tally) -> tuple[float, float] | None:
         """Seconds that handing over the forward and the backward take; None on the CPU, which does the work itself."""
-        if self.timings.device.type == "cpu":
+        if not self._waits:
             return None
         forward, backward = self._between(tally)
         return tally.host_forward + forward, tally.host_backward + backward
@@ -263,6 +268,7 @@ class Clockwork:
         return tally
 
     # -- the parts that a step's total is the sum of, for a subset to be planned by ------------------------------------
+    # (On an accelerator those of its own work: the total is no sum there, and never less.)
 
     def of_forward(self, units: Iterable[Unit]) -> float:
         """Seconds of the forward of some units, with nothing of theirs trained."""
@@ -276,7 +282,7 @@ class Clockwork:
         """Seconds of a step of which nothing trains, but for the groups' own."""
         self.tally(0, None)
         assert self._base is not None
-        return self._total(self._base) + self.overhead.optimizer
+        return self._total(self._base) + (0.0 if self._waits else self.overhead.optimizer)
 
     def of_state(self, group: Group, state: State) -> float:
         """Seconds of a group under ``freeze`` while these of its conditions hold."""
@@ -299,9 +305,7 @@ class Clockwork:
         return self.overhead.fresh * parameter.nbytes * (1 + optimizer.num_temporaries(parameter))
 
     def _total(self, tally: Tally) -> float:
-        there = tally.forward + tally.backward
-        host = self._on_host(tally)
-        return there + sum(self._between(tally)) if host is None else max(there, sum(host))
+        return tally.forward + tally.backward + (0.0 if self._waits else sum(self._between(tally)))
 
     def _unit(self, unit: Unit, live: Sequence[bool], wanted: Sequence[bool] | None) -> Tally:
         assert isinstance(self.ledger, Ledger)

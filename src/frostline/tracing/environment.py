@@ -7,6 +7,7 @@ Modules are restored from a copy of their ``__dict__``, so nothing is listed by 
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -93,10 +94,10 @@ def undisturbed() -> AbstractContextManager[None]:
 
 def is_here(device: str) -> bool:
     """Whether kernels run on a device, so that they can be asked: on the CPU, and on the accelerator that is there."""
-    kind = torch.device(device).type
-    return kind in devices_here()
+    return device == "cpu" or torch.device(device).type in devices_here()
 
 
+@functools.cache
 def devices_here() -> list[str]:
     """The kinds of device on which kernels run."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

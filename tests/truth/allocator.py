@@ -78,7 +78,7 @@ def _events(run: Callable[[], object]) -> tuple[int, ...]:
         run()
         torch.accelerator.synchronize()
         return (torch.accelerator.max_memory_allocated() - before,)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as watched:
         run()
     found = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
     found.sort(key=lambda event: event.start_ns())

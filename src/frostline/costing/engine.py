@@ -20,6 +20,7 @@ from frostline.probing.probe import Probe, Question, probe_hook
 from frostline.probing.replay import Stage
 from frostline.probing.sizes import true_sizes
 from frostline.probing.store import ProbeStore
+from frostline.tracing.environment import let_go_of
 from frostline.tracing.graph import Graph, Unit
 from frostline.tracing.rehearsal import quiet_fake_kernels
 
@@ -426,6 +427,7 @@ class Engine:
             except FrostlineError:
                 raise
             except Exception as error:  # a call that does not run by itself, on made-up values
+                let_go_of(error)
                 self.trace.entangled = f"a call of it does not run by itself ({type(error).__name__}: {error})"
         rerun = self._rerun(forward, backward)
         return rerun, rerun.sums, forward, backward

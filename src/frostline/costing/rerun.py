@@ -11,6 +11,7 @@ from frostline.costing.entry import Entry, bits_of, charge, forward_entry, numbe
 from frostline.costing.moment import Moment, Standing
 from frostline.probing.sizes import true_sizes
 from frostline.probing.whole import WholeStep, run_whole
+from frostline.tracing.environment import let_go_of
 from frostline.tracing.graph import Unit
 
 if TYPE_CHECKING:
@@ -93,9 +94,10 @@ def _run(trace: Trace, trainable: frozenset[int], wanted: frozenset[int] | None)
         step = run_whole(rehearsal, trainable, wanted, lean=trace.lean)
         if settled or not step.sparse:  # (a fake sparse gradient has no rows)
             return step
-    except Exception:
+    except Exception as error:
         if settled:
             raise
+        let_go_of(error)
     return run_whole(replace(rehearsal, real=True), trainable, wanted, lean=trace.lean)
 
 

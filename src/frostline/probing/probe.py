@@ -18,7 +18,7 @@ from frostline.kernels import LeanKernels, settle, watched_kernels
 from frostline.probing.attribution import RanOp, Recording, storage_key
 from frostline.probing.replay import Receiver, Stage, perform, seed
 from frostline.tracing.calls import Call, Side, Slot, TensorHook, TensorMeta, describe, tensors_in
-from frostline.tracing.environment import is_here, undisturbed
+from frostline.tracing.environment import is_here, let_go_of, undisturbed
 from frostline.tracing.graph import Unit
 from frostline.tracing.interception import observed_by
 from frostline.tracing.recorder import autocast
@@ -123,6 +123,7 @@ def probe(stage: Stage, unit: Unit, question: Question) -> Probe:
     except Exception as error:
         if not _can_be_real(unit):
             raise
+        let_go_of(error)
         try:
             with undisturbed():
                 return replace(_replay(stage, unit, question, real=True), by_values=True)

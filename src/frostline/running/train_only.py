@@ -110,7 +110,7 @@ class Run:
             if freeze_buffers:
                 self._freeze_buffers(inner, undo.callback)
             if _is_compiled(model):
-                self._note_compiled()
+                self._note_compiled(undo.callback)
             else:
                 undo.enter_context(lean_kernels())
             self._undo = undo.pop_all()
@@ -128,7 +128,10 @@ class Run:
                 guard.watch(module, later)
         self.frozen_modules = tuple(name for name in frozen if name not in scripted)
 
-    def _note_compiled(self) -> None:
+    def _note_compiled(self, later: Callable[..., object]) -> None:
+        if torch.__version__ < "2.13":  # what was compiled before does not notice hooks
+            torch.compiler.reset()
+            later(torch.compiler.reset)
         note = "the model is compiled: a run sets its flags and keeps its buffers, and torch.compile says what is saved"
         self.notes.append(note)
         warnings.warn(note, FrostlineWarning, stacklevel=4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -83,6 +84,14 @@ def set_rng_state(state: tuple[Any, ...]) -> None:
     torch.random.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state_all(cuda)
+
+
+def let_go_of(error: BaseException) -> None:
+    """Empty the frames of an error that is caught for good.
+
+    In torch before 2.13 a checkpoint whose function failed keeps its saved-tensor hooks set for as long as they live.
+    """
+    traceback.clear_frames(error.__traceback__)
 
 
 def undisturbed() -> AbstractContextManager[None]:

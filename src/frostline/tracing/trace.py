@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from frostline.errors import FrostlineError, TraceError
 from frostline.tracing.alignment import align
 from frostline.tracing.calls import Call
+from frostline.tracing.environment import let_go_of
 from frostline.tracing.graph import Graph, Tape
 from frostline.tracing.lifetimes import Lifetimes, lifetimes
 from frostline.tracing.rehearsal import Rehearsal
@@ -133,7 +134,8 @@ def _labels(rehearsal: Rehearsal) -> dict[str, Tensor]:
         try:
             replace(rehearsal, run=look, real=real).tape(frozenset())
             break
-        except Exception:  # it may need labels to run at all, or values; the traced run will say what is wrong
+        except Exception as error:  # it may need labels to run at all, or values; the traced run says what is wrong
+            let_go_of(error)
             seen.clear()
     return made_up_labels(rehearsal.model, rehearsal.kwargs, rehearsal.args, seen[-1] if seen else None)
 
@@ -217,6 +219,7 @@ class Trace:
                 ) from error
             if weightless:
                 raise
+            let_go_of(error)
             tape = replace(rehearsal, real=True).tape(trainable)
             why = "values decide what runs" if data_decides else "fake tensors cannot go through it"
             if isinstance(error, UnsupportedOperatorException):
@@ -229,6 +232,7 @@ class Trace:
         try:
             tape_off, _ = self.record(frozenset())
         except Exception as error:  # a step that needs gradients to run, such as a gradient penalty
+            let_go_of(error)
             return f"the step does not run with everything frozen ({type(error).__name__})"
         pairs: list[tuple[Call, Call]] = []
         diverges = align(self.tape_on.calls, tape_off.calls, pairs)

@@ -318,6 +318,16 @@ assert tables() == before
 """
 
 
+def test_an_open_run_is_held_by_torch_and_let_go_of_again() -> None:
+    """Torch 2.11 does not hold what it stashes, and lets go of it all the same."""
+    run = lean_kernels()
+    before = sys.getrefcount(run)
+    run.__enter__()
+    assert sys.getrefcount(run) == before + 1
+    run.close()
+    assert sys.getrefcount(run) == before
+
+
 def test_undone() -> None:
     """In a process of its own: while other threads run, the kernels stay in and do nothing."""
     subprocess.run([sys.executable, "-c", _UNDONE], check=True)

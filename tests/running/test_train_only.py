@@ -371,3 +371,17 @@ def test_a_run_that_is_dropped_ends_and_says_so():
         fl.train_only(model, "8")
     assert wiring(model) == before
     assert not kernels_active()
+
+
+def test_a_default_device_of_the_users_is_not_ours():
+    model, image = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.MaxPool2d(2), nn.Dropout(0.2)),
+        torch.randn(2, 3, 9, 9),
+    )
+    frozen = fl.trace(model, image, loss="sum").cost("0.bias", method="train-only")
+    with torch.device("meta"):
+        again = fl.trace(model, image, loss="sum").cost("0.bias", method="train-only")
+        with fl.train_only(model, "0.bias") as run:
+            audit = run.audit(lambda: model(image).sum().backward())
+    assert again.saved_bytes == frozen.saved_bytes == audit.kept_bytes
+    assert model[0].bias.grad.device.type == "cpu"

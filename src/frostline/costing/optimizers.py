@@ -87,7 +87,9 @@ class OptimizerModel:
 
     def step_ops(self, parameter: Tensor) -> tuple[RanOp, ...]:
         """What a step runs for one parameter, once its state exists."""
-        meta = _on_a_device(describe(parameter))
+        return self._ops_of(_on_a_device(describe(parameter)))
+
+    def _ops_of(self, meta: TensorMeta) -> tuple[RanOp, ...]:
         if meta not in self._steps:
             self._steps[meta] = self._ask_step([meta])
         return self._steps[meta]
@@ -122,7 +124,7 @@ class OptimizerModel:
             meta = replace(meta, device=str(device))
         found = self._scratches.get(meta)
         if found is None:
-            own = max((op.alive for op in self._ask_step([meta])), default=0)
+            own = max((op.alive for op in self._ops_of(meta)), default=0)
             both = max((op.alive for op in self._ask_step([meta, meta])), default=0) if own else 0
             found = self._scratches[meta] = (own, both - own)
         return found

@@ -185,24 +185,17 @@ class Clockwork:
         On the CPU what lies between the ops. An accelerator works off what it is given while the host goes on: it
         waits for the host, or the host for it, and which may change from one part of the step to the next.
         """
-        host = self._on_host(total)
-        if host is None:
-            return sum(self._between(total)) + self.overhead.optimizer
+        forward, backward = self._between(total)
+        if not self._waits:
+            return forward + backward + self.overhead.optimizer
         stepping = self.overhead.optimizer + sum(self._stepping(optimizer, p).host_seconds for p in trained)
-        given = (*host, stepping)
+        given = (total.host_forward + forward, total.host_backward + backward, stepping)
         return max(sum(given[:part]) + sum(parts[part:]) for part in range(len(parts) + 1)) - sum(parts)
 
     @property
     def _waits(self) -> bool:
         """Whether the ops run on an accelerator, which may wait for the host."""
         return self.timings.device.type != "cpu"
-
-    def _on_host(self, tally: Tally) -> tuple[float, float] | None:
-        """Seconds that handing over the forward and the backward take; None on the CPU, which does the work itself."""
-        if not self._waits:
-            return None
-        forward, backward = self._between(tally)
-        return tally.host_forward + forward, tally.host_backward + backward
 
     def _between(self, tally: Tally) -> tuple[float, float]:
         """Seconds between the ops of the forward, and of the backward."""

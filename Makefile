@@ -18,7 +18,7 @@ help:  ## list what there is
 
 install: $(STAMP)  ## create .venv and install into it
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard src/frostline/kernels/*.c)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,5 +51,5 @@ doctests: $(STAMP)  ## the examples in docstrings
 	$(call part,doctests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --doctest-modules src examples)
 
 clean:  ## remove .venv and every cache
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info src/frostline/kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from frostline.kernels import lean_kernels
-from frostline.kernels.bits import pack_bits
+from frostline.kernels.bits import above, pack_bits
 from frostline.probing.stopwatch import Stopwatch
 from frostline.tracing.environment import undisturbed
 
@@ -111,7 +111,7 @@ def measured_packing(device: torch.device, clock: Callable[[], float] = time.per
 
 
 def _pack(result: torch.Tensor) -> torch.Tensor:
-    return pack_bits(result, lambda value: value > 0)
+    return pack_bits(result, above(0.0))
 
 
 def measured_phases(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bits import NoBitsError, let_through, pack_bits, packed_nbytes, unpack_bits
+from .bits import NoBitsError, above, between, let_through, not_up_to, pack_bits, packed_nbytes, unpack_bits
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
@@ -77,11 +77,12 @@ class Gated(Kernel):
         if gradient is None and of_anchor is None:
             return (None, None, None, None, None, *nothing)
         gate: Gate = ctx.gate
-        was_packed = ctx.holder.is_packed
+        holder: Holder = ctx.holder
+        was_packed = holder.is_packed
         if gradient is not None and was_packed and gate.lets_through and _lies_alike(gradient, ctx.looks):
-            return (None, None, None, None, let_through(gradient, ctx.holder.take_as_kept()), *nothing)
+            return (None, None, None, None, let_through(gradient, holder.take_as_kept()), *nothing)
         args = (*weights, *(gate.args_for_bits if was_packed else gate.args))
-        kept = ctx.holder.take()
+        kept = holder.take()
         if gradient is None:
             gradient = torch.zeros_like(kept)
         found = _backward(gate.backward, gradient, tied(kept, tie), args, spent=was_packed)
@@ -128,12 +129,12 @@ def _node(op: Any) -> str:
 
 def _above(threshold: float) -> Callable[[Tensor], Tensor]:
     """NaN is above everything: so say these ops' backwards."""
+    condition = not_up_to(threshold)
 
     def bits(kept: Tensor) -> Tensor:
         if kept.device.type == "cpu":
-            return pack_bits(kept, lambda value: ~(value <= threshold))
-        bound = _rounded(threshold, kept.dtype)
-        return pack_bits(kept, lambda value: (value <= bound).logical_not_())
+            return pack_bits(kept, condition)
+        return pack_bits(kept, not_up_to(_rounded(threshold, kept.dtype)))
 
     return bits
 
@@ -149,21 +150,14 @@ def _between(low: float, high: float) -> Callable[[Tensor], Tensor | None]:
     """Of NaN, hardtanh's backward says one thing in its vectorised loop and the other outside; on accelerators, which
     have one loop, that it lets gradients through.
     """
+    condition = between(low, high)
 
     def not_outside(value: Tensor) -> Tensor:
         return (value <= low).logical_or_(value >= high).logical_not_()
 
-    def inside(value: Any) -> Any:
-        least = value.min() if len(value) else 0.0
-        if least != least:
-            raise NoBitsError
-        answers = value > low
-        answers &= value < high
-        return answers
-
     def bits(kept: Tensor) -> Tensor | None:
         try:
-            return pack_bits(kept, inside if kept.device.type == "cpu" else not_outside)
+            return pack_bits(kept, condition if kept.device.type == "cpu" else not_outside)
         except NoBitsError:
             return None
 
@@ -171,7 +165,10 @@ def _between(low: float, high: float) -> Callable[[Tensor], Tensor | None]:
 
 
 def _positive(kept: Tensor) -> Tensor:
-    return pack_bits(kept, lambda value: value > 0)
+    return pack_bits(kept, _POSITIVE)
+
+
+_POSITIVE = above(0.0)
 
 
 @cache

@@ -1,13 +1,14 @@
 """Eight yes-or-no answers a byte, and what is made from them: ones and zeros, or a gradient let through or scaled.
 
 These are the ops ``frostline::unpack_bits`` and ``frostline::let_through``. Packing is done aside (see `holding`), and
-is not an op. On CPU numpy does the work, a block at a time: its comparisons and its look-up in a table take a quarter
-of the time of torch's.
+is not an op. On CPU the loops of ``_bits.c`` do the work, one pass over memory; where that was not built, numpy does, a
+block at a time, in two to three times as long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import prod
 from typing import Any
@@ -18,6 +19,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .unseen import unseen
+
+try:
+    from . import _bits as _loops
+except ImportError:  # no C compiler was there
+    _loops = None  # type: ignore[assignment]
 
 _TOGETHER = sum(1 << 56 - 7 * place for place in range(8))  # takes bit 8 * place to bit 56 + place
 _BLOCK = 1 << 17  # elements whose answers lie in a cache
@@ -31,32 +37,95 @@ class NoBitsError(Exception):
     """Raised by a condition: a bit cannot say it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What is asked of each element: whether it is ``above`` a bound, ``not up to`` it, or ``between`` two.
+
+    They differ on NaN, which is not above a bound, and not up to it either; of `between`, it is not said.
+    """
+
+    kind: int
+    low: float
+    high: float = 0.0
+
+    def __call__(self, values: Any) -> Any:
+        """Bools, of an array or a tensor."""
+        if self.kind == _ABOVE:
+            return values > self.low
+        if self.kind == _NOT_UP_TO:
+            return ~(values <= self.low)
+        if len(values) and (least := values.min()) != least:
+            raise NoBitsError
+        answers = values > self.low
+        answers &= values < self.high
+        return answers
+
+
+_NOT_UP_TO, _ABOVE, _BETWEEN = range(3)  # as in _bits.c
+
+
+def not_up_to(bound: float) -> Condition:
+    return Condition(_NOT_UP_TO, bound)
+
+
+def above(bound: float) -> Condition:
+    return Condition(_ABOVE, bound)
+
+
+def between(low: float, high: float) -> Condition:
+    """Above the one and below the other; packing raises `NoBitsError` where there is a NaN."""
+    return Condition(_BETWEEN, low, high)
+
+
 def packed_nbytes(count: int) -> int:
     return (count + 7) // 8
 
 
-def pack_bits(tensor: Tensor, condition: Callable[[Any], Any]) -> Tensor:
+def pack_bits(tensor: Tensor, condition: Condition | Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """A bit for each element of ``tensor``, in the order in which they lie in memory: whether it meets ``condition``.
 
     Args:
         tensor: one without gaps.
-        condition: makes bools with Python's operators, of tensors and of arrays; a half is compared as a float.
+        condition: a half is compared as a float. None: the tensor is of bools already. On accelerators, which have
+            no `Condition` of NaN alike, any function of a tensor.
 
     Raises:
         NoBitsError: the condition raised it.
     """
     count = tensor.numel()
-    flat = tensor.detach().as_strided((count,), (1,))
     if tensor.device.type != "cpu" and not isinstance(tensor, FakeTensor):
-        return _packed(condition(_wide(flat)), flat)
-    bits = flat.new_empty(packed_nbytes(count), dtype=torch.uint8)
+        flat = _flat(tensor)
+        return _packed(flat, flat) if condition is None else _packed(condition(_wide(flat)))
+    bits = torch.empty(packed_nbytes(count), dtype=torch.uint8, device=tensor.device)
     if isinstance(tensor, FakeTensor):
         return bits
-    packed = bits.numpy()
-    for start, block in _blocks(flat, count):
-        found = numpy.packbits(condition(block), bitorder="little")
-        packed[start // 8 : start // 8 + len(found)] = found
+    if not isinstance(condition, Condition):
+        answers = _flat(tensor) if condition is None else condition(_flat(tensor))
+        bits.numpy()[:] = numpy.packbits(answers.numpy(), bitorder="little")
+    elif tensor.dtype.itemsize < 4:
+        flat = _flat(tensor)
+        for start in range(0, count, _BLOCK):
+            block = flat[start : start + _BLOCK].float()
+            _pack(block, len(block), condition, bits[start // 8 :])
+    else:
+        _pack(tensor, count, condition, bits)
     return bits
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def _pack(tensor: Tensor, count: int, condition: Condition, bits: Tensor) -> None:
+    if _loops is not None:
+        how = condition.kind, tensor.dtype.itemsize, tensor.data_ptr(), count, condition.low, condition.high
+        if _loops.pack(*how, bits.data_ptr()) and condition.kind == _BETWEEN:
+            raise NoBitsError
+        return
+    values, packed = _flat(tensor).numpy(), bits.numpy()
+    for start in range(0, count, _BLOCK):
+        found = numpy.packbits(condition(values[start : start + _BLOCK]), bitorder="little")
+        packed[start // 8 : start // 8 + len(found)] = found
 
 
 def _packed(answers: Tensor, given: Tensor | None = None) -> Tensor:
@@ -82,15 +151,6 @@ def _answers(bits: Tensor) -> Tensor:
 def _places(device: torch.device) -> Tensor:
     with unseen():
         return torch.arange(8, dtype=torch.uint8, device=device)
-
-
-def _blocks(flat: Tensor, count: int) -> Iterator[tuple[int, Any]]:
-    """Arrays of so many elements, each with the number of its first; of a half, floats."""
-    wide = _wide(flat[:0]).dtype
-    array = flat.numpy() if wide == flat.dtype else None
-    for start in range(0, count, _BLOCK):
-        part = slice(start, start + _BLOCK)
-        yield start, flat[part].to(wide).numpy() if array is None else array[part]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -133,12 +193,23 @@ def _table(dtype: torch.dtype, scale: float | None) -> Any:
 
 
 def _let_through(gradient: Tensor, bits: Tensor, scale: float | None) -> Tensor:
-    """A block at a time, so that what the bits stand for never leaves the cache."""
     count, dtype = gradient.numel(), gradient.dtype
     if scale is not None and dtype.itemsize < 4:
         return _let_through_elsewhere(gradient, bits, scale)
     result = torch.empty_like(gradient)
-    flat = [t.as_strided((count,), (1,)) for t in (gradient.detach(), result)]
+    if _loops is None:
+        _let_through_by_blocks(gradient.detach(), bits, scale, result)
+    elif scale is None:
+        _loops.let_through(dtype.itemsize, gradient.data_ptr(), bits.data_ptr(), count, result.data_ptr())
+    else:
+        _loops.scale(dtype.itemsize, gradient.data_ptr(), bits.data_ptr(), count, scale, result.data_ptr())
+    return result
+
+
+def _let_through_by_blocks(gradient: Tensor, bits: Tensor, scale: float | None, result: Tensor) -> None:
+    """So that what the bits stand for never leaves the cache."""
+    count, dtype = gradient.numel(), gradient.dtype
+    flat = [t.as_strided((count,), (1,)) for t in (gradient, result)]
     given, found = ((t if scale is not None else t.view(_AS_INTEGER[dtype.itemsize])).numpy() for t in flat)
     combine = numpy.bitwise_and if scale is None else numpy.multiply
     table, packed = _table(dtype, scale), bits.numpy()
@@ -148,7 +219,6 @@ def _let_through(gradient: Tensor, bits: Tensor, scale: float | None) -> Tensor:
             part, stop = packed[start // 8 : (start + _BLOCK) // 8], min(start + _BLOCK, count)
             table.take(part, axis=0, out=factors[: len(part)], mode="wrap")
             combine(given[start:stop], factors.reshape(-1)[: stop - start], out=found[start:stop])
-    return result
 
 
 def _let_through_elsewhere(gradient: Tensor, bits: Tensor, scale: float | None) -> Tensor:
@@ -182,4 +252,6 @@ def let_through(gradient: Tensor, bits: Tensor, scale: float | None = None) -> T
     Args:
         gradient: one without gaps, that lies in memory as what was packed did.
     """
+    if type(gradient) is Tensor and gradient.is_cpu and not torch._C._len_torch_dispatch_stack():
+        return _let_through(gradient, bits, scale)  # (nobody would see the op, which takes as long again)
     return torch.ops.frostline.let_through.default(gradient, bits, scale)  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bits import let_through, pack_bits, unpack_bits
+from .bits import above, let_through, pack_bits, unpack_bits
 from .function import Kernel, below_autograd
 from .lean import current_run, replaces
 from .unread import Looks
@@ -34,7 +34,7 @@ class Dropout(Kernel):
             noise = torch.empty_like(input).bernoulli_(1 - p)
             ctx.looks = Looks.of(noise)
             with aside(noise):
-                current_run().save(ctx, pack_bits(noise, lambda value: value != 0))
+                current_run().save(ctx, pack_bits(noise, above(0.0)))
             torch.ops.aten.div_.Scalar(noise, 1 - p)
             if not op._schema.is_mutable:
                 return input * noise
@@ -72,7 +72,7 @@ class NativeDropout(Kernel):
         with below_autograd():
             result, mask = op(input, p, train)
             with aside(mask):
-                current_run().save(ctx, pack_bits(mask, lambda value: value))
+                current_run().save(ctx, pack_bits(mask))
         ctx.looks = Looks.of(mask)
         ctx.mark_non_differentiable(mask)
         return result, mask

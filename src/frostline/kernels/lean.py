@@ -144,7 +144,7 @@ def _is_not_held() -> bool:
 
 
 def _current() -> LeanKernels | None:
-    run = torch._C._get_obj_in_tls(_TLS) if torch._C._is_key_in_tls(_TLS) else None
+    run = _stashed(_TLS) if _is_stashed(_TLS) else None
     while run is not None and not run.is_open:
         run = run._outer
     return run
@@ -201,11 +201,20 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
     op = getattr(torch.ops.aten, name).default
     redispatch = op._handle.redispatch_boxed
     defaults = [argument.default_value for argument in op._schema.arguments]
+    num_tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)  # which come first
+    owns: dict[int, DispatchKeySet] = {}
+
+    def own(keyset: DispatchKeySet) -> DispatchKeySet:
+        raw = keyset.raw_repr()
+        found = owns.get(raw)
+        if found is None:
+            found = owns[raw] = _own(keyset, key)
+        return found
 
     def kernel(keyset: DispatchKeySet, *args: Any) -> Any:  # (those at the end may be left out)
         run = _current()
-        if run is not None and torch.is_grad_enabled():
-            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if run is not None and _is_grad_enabled():
+            tensors = [arg for arg in args[:num_tensors] if arg is not None]
             if any(tensor.requires_grad for tensor in tensors):
                 look_again()
                 try:
@@ -217,13 +226,13 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
                             raise NotCoveredError("saved-tensor hooks are disabled")
                         run.num_replaced += 1
                         with result:
-                            return redispatch(_own(keyset, key), *args)
+                            return redispatch(own(keyset), *args)
                     if result is not NotImplemented:
                         run.num_replaced += 1
                         return result
                 except NotCoveredError as why:
                     run.fallbacks.setdefault(name, Counter())[str(why)] += 1
-        return redispatch(_own(keyset, key), *args)
+        return redispatch(own(keyset), *args)
 
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameAction.SKIP  # a compiler that comes upon it, between its graphs, is to leave it alone
@@ -239,12 +248,12 @@ def _own(keyset: DispatchKeySet, key: DispatchKey) -> DispatchKeySet:
     return keyset.remove(key).remove(DispatchKey.PythonDispatcher) | _OWN
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, FakeTensor))
 
 
 def _is_plain_eager(tensors: list[Tensor]) -> bool:
     for t in tensors:
-        if type(t) not in _PLAIN or t.layout is not torch.strided or not t.is_floating_point() or t.is_neg():
+        if type(t) not in _PLAIN or t.layout is not _STRIDED or not t.is_floating_point() or t.is_neg():
             return False
     return not _transforming()
 
@@ -252,12 +261,22 @@ def _is_plain_eager(tensors: list[Tensor]) -> bool:
 def _transforming() -> bool:
     """Whether something other than eager's autograd is watching: torch.func, forward mode, a tracer or compiler."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-        or torch._guards.TracingContext.try_get() is not None
+        _interpreters() is not None
+        or _forward_ad._current_level >= 0
+        or _tracing_state() is not None
+        or _dispatch_mode(_PROXY) is not None
+        or _tracing_context() is not None
     )
+
+
+# (Asked at every op, when nothing of it is in the processor's caches: so by few steps.)
+_STRIDED, _PROXY = torch.strided, torch._C._TorchDispatchModeKey.PROXY
+_is_grad_enabled = torch.is_grad_enabled
+_forward_ad = torch.autograd.forward_ad
+_interpreters = torch._C._functorch.peek_interpreter_stack
+_tracing_state, _dispatch_mode = torch._C._get_tracing_state, torch._C._get_dispatch_mode
+_tracing_context = torch._guards.TracingContext.try_get
+_stashed, _is_stashed = torch._C._get_obj_in_tls, torch._C._is_key_in_tls
 
 
 def _why_not_plain(tensors: list[Tensor]) -> str:

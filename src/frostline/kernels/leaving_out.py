@@ -18,6 +18,9 @@ from .holding import modified
 from .unread import Looks, unread_later
 
 _hooks: Any = torch._C._autograd
+_top_hooks = _hooks._top_saved_tensors_default_hooks
+_push_hooks = _hooks._push_saved_tensors_default_hooks
+_pop_hooks = _hooks._pop_saved_tensors_default_hooks
 
 
 class LeaveOut:
@@ -26,20 +29,19 @@ class LeaveOut:
     __slots__ = ("_left", "_users")
 
     def __init__(self, *tensors: Tensor) -> None:
-        self._left = {id(tensor): unread_later(Looks.of(tensor), tensor) for tensor in tensors}
+        self._left = tuple(map(id, tensors))  # (not the tensors: who dies last would tell a holder too early)
 
     def __enter__(self) -> LeaveOut:
-        self._users = _hooks._top_saved_tensors_default_hooks(True)
-        _hooks._push_saved_tensors_default_hooks(self, _unpack)
+        self._users = _top_hooks(True)
+        _push_hooks(self, _unpack)
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        _hooks._pop_saved_tensors_default_hooks()
+        _pop_hooks()
 
     def __call__(self, tensor: Tensor) -> Callable[[], Tensor]:
-        stand_in = self._left.get(id(tensor))
-        if stand_in is not None:
-            return stand_in
+        if id(tensor) in self._left:
+            return unread_later(Looks.of(tensor), tensor)
         if self._users is None:
             return Kept(tensor)
         pack, unpack = self._users
@@ -68,7 +70,7 @@ def _unpack(packed: Callable[[], Tensor]) -> Tensor:
 
 def users_hooks() -> Any:
     """The user's saved-tensor hooks that are on top: what `torch._C` says, but for ours. None if there are none."""
-    hooks = _hooks._top_saved_tensors_default_hooks(True)
+    hooks = _top_hooks(True)
     return hooks[0]._users if hooks is not None and isinstance(hooks[0], LeaveOut) else hooks
 
 

@@ -5,7 +5,7 @@ Backward is eager's own, on a tensor that looks like the input, and for a maximu
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import product
 from math import prod
 from typing import Any
@@ -49,12 +49,12 @@ class Windows:
 
     def starts(self, like: Tensor) -> Tensor:
         """The index, if it were in the input, of the first element of each place's window."""
-        start = like.new_zeros((1,) * len(self.kernel))
+        along = []
         for dim, (stride, padding, step) in enumerate(zip(self.stride, self.padding, self.steps, strict=True)):
-            size = like.shape[dim - len(self.kernel)]
-            along = torch.arange(size, device=like.device).mul_(stride).sub_(padding).mul_(step)
-            start = start + along.view([-1 if d == dim else 1 for d in range(len(self.kernel))])
-        return start
+            size, first, apart = like.shape[dim - len(self.kernel)], -padding * step, stride * step
+            places = torch.arange(first, first + size * apart, apart, device=like.device)
+            along.append(places.view(-1, *(1,) * (len(self.kernel) - 1 - dim)))
+        return reduce(torch.add, along)
 
     def offsets(self) -> list[int]:
         """How far each element of a window is from the first."""

@@ -182,13 +182,15 @@ def folder() -> Path | None:
 def disk() -> Disk | None:
     """The probes of this torch, this machine's kernels and this code; None if nothing is to be kept."""
     where = folder()
-    return None if where is None else Disk(where / f"probes-{digest('probing', 'tracing')}.sqlite", dump, load)
+    return (
+        None if where is None else Disk(where / f"probes-{digest('probing', 'tracing', 'kernels')}.sqlite", dump, load)
+    )
 
 
 def digest(*rooms: str) -> str:
     """What answers depend on besides their questions: the code of these rooms, torch, and the machine's kernels."""
     package = Path(__file__).parents[1]
-    code = [path.read_bytes() for room in rooms for path in sorted((package / room).glob("*.py"))]
+    code = [path.read_bytes() for room in rooms for path in sorted((package / room).glob("*.*"))]
     machine = (torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.backends.mkldnn.is_available())
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return hashlib.sha256(b"".join(code) + repr((machine, gpus)).encode()).hexdigest()[:16]

@@ -211,7 +211,7 @@ def _disk(device: torch.device) -> Disk | None:
 def _name(device: torch.device) -> str:
     torch_version = torch.__version__.replace("-", "_")
     threads = torch.get_num_threads()
-    return f"timings-{device.type}-{threads}-{torch_version}-{digest('probing')}.sqlite"
+    return f"timings-{device.type}-{threads}-{torch_version}-{digest('probing', 'kernels')}.sqlite"
 
 
 def _said(name: str) -> str:

@@ -212,10 +212,10 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
         return found
 
     def kernel(keyset: DispatchKeySet, *args: Any) -> Any:  # (those at the end may be left out)
-        run = _current()
-        if run is not None and _is_grad_enabled():
-            tensors = [arg for arg in args[:num_tensors] if arg is not None]
-            if any(tensor.requires_grad for tensor in tensors):
+        tensors = [arg for arg in args[:num_tensors] if arg is not None]
+        if any([tensor.requires_grad for tensor in tensors]) and _is_grad_enabled():  # noqa: C419 (a step fewer)
+            run = _current()
+            if run is not None:
                 look_again()
                 try:
                     if not _is_plain_eager(tensors):

@@ -2,9 +2,10 @@
 
 Each network's subsets by ``freeze``, by the scheme of memsave_torch (`benchmarks.memsave`), by `frostline.train_only`
 and, with ``--compile``, by torch.compile: really run in fresh processes, turn by turn. Prints, for each row, what
-autograd kept when the loss returned, the peak that torch's allocator saw, and a step's seconds, beside ``freeze``;
-``--save`` writes ``benchmarks/results/training.md`` and ``.json``. CNNs run with their batch norms in eval mode, as
-when few images are at hand.
+autograd kept when the loss returned, the peak that torch's allocator saw, and a step's seconds, beside ``freeze`` (of
+each round's two turns, which lie seconds apart, the ratio; of the rounds, the median); ``--save`` writes
+``benchmarks/results/training.md`` and ``.json``. CNNs run with their batch norms in eval mode, as when few images are
+at hand.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Row:
     peak_bytes: int
     step_seconds: float
     spread_seconds: float
+    beside_freeze: float
 
 
 def subsets(model: nn.Module) -> dict[str, list[str]]:
@@ -66,7 +68,7 @@ def subsets(model: nn.Module) -> dict[str, list[str]]:
     return {label: chosen for label, chosen in found.items() if chosen}
 
 
-def rows_of(network: str, ways: Sequence[str], rounds: int) -> Iterator[Row]:
+def rows_of(network: str, ways: Sequence[str], rounds: int | None) -> Iterator[Row]:
     """The rows of one network."""
     model, *_ = getattr(models, network)()
     asked = [(label, names, way) for label, names in subsets(model).items() for way in ways]
@@ -78,13 +80,17 @@ def rows_of(network: str, ways: Sequence[str], rounds: int) -> Iterator[Row]:
     outcomes = measure_cases(
         sources, cases, rounds=rounds, warm_up=2, threads=torch.get_num_threads(), together=True, examine=True
     )
-    for (label, _, way), outcome in zip(asked, outcomes, strict=True):
+    by_case = list(zip(asked, outcomes, strict=True))
+    freeze = {label: outcome.measured for (label, _, way), outcome in by_case if way == "freeze"}
+    for (label, _, way), outcome in by_case:
         found = outcome.measured
-        if found is None:
+        if found is None or freeze[label] is None:
             print(f"{network} {label} {way}: {outcome.error}", flush=True)
             continue
         kept, peak = found.saved_bytes, found.peak_bytes
-        yield Row(network, label, way, kept, peak, found.step_seconds, found.spread_seconds)
+        pairs = zip(found.turns, freeze[label].turns, strict=True)
+        slower = statistics.median(ours / own for ours, own in pairs)
+        yield Row(network, label, way, kept, peak, found.step_seconds, found.spread_seconds, slower)
 
 
 def beside(rows: Sequence[Row], way: str) -> list[tuple[Row, Row]]:
@@ -98,7 +104,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     pairs = beside(rows, "train-only")
     if not pairs:
         return []
-    times = [row.step_seconds / base.step_seconds for row, base in pairs]
+    times = [row.beside_freeze for row, _ in pairs]
     fewest: dict[tuple[str, str], int] = {}
     for row in rows:
         if row.way != "compile":
@@ -123,11 +129,10 @@ HEAD = ("network", "subset", "way", "kept", "beside freeze", "peak", "beside fre
 
 def cells(row: Row, base: Row) -> tuple[str, ...]:
     kept = row.kept_bytes / base.kept_bytes if base.kept_bytes else 1.0
-    slower = row.step_seconds / base.step_seconds
     return (
         row.network, row.subset, row.way, f"{row.kept_bytes / 2**20:.2f} MiB", f"{kept:.3f}",
         f"{row.peak_bytes / 2**20:.1f} MiB", f"{row.peak_bytes / base.peak_bytes:.3f}",
-        f"{1e3 * row.step_seconds:.1f} ± {1e3 * row.spread_seconds:.1f} ms", f"{slower:.3f}",
+        f"{1e3 * row.step_seconds:.1f} ± {1e3 * row.spread_seconds:.1f} ms", f"{row.beside_freeze:.3f}",
     )  # fmt: skip
 
 
@@ -150,7 +155,7 @@ def main() -> None:
     """Run, print, and save if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", choices=[[], *NETWORKS])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="turns of each case; else 5 to 25, as fit in a minute")
     parser.add_argument("--compile", action="store_true", help="torch.compile too: a minute or more for each row")
     parser.add_argument("--save", action="store_true")
     asked = parser.parse_args()

@@ -225,6 +225,14 @@ def test_saved_tensor_hooks_see_what_is_kept() -> None:
     assert set(found) == {"relu", "hardtanh_"}
 
 
+def test_writes_to_views_are_left_to_torch() -> None:
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        return F.dropout(F.hardtanh(net(x)[:, :1], inplace=True), 0.3, inplace=True)
+
+    found = _assert_same(forward)
+    assert set(found) == {"hardtanh_", "dropout_"}
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint(reentrant: bool) -> None:
     _assert_same(lambda net, x: checkpoint(net, x, use_reentrant=reentrant))

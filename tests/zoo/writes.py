@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from tests.cases import Case, case
 from tests.zoo.dense import mean_square
 from torch import Tensor, nn
@@ -46,6 +47,25 @@ class InPlaceActivations(nn.Module):
 @case()
 def in_place_activations() -> Case:
     return Case(InPlaceActivations(), torch.randn(4, 6), mean_square)
+
+
+class DropsInPlace(nn.Module):
+    """Dropout that writes to a view of a layer's result, once behind an activation that does; and to no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.layers[0](x).flatten(0, 1), 0.4, inplace=True)
+        x = F.dropout(F.hardtanh(self.layers[1](x)[:, :4], 0, 6, inplace=True), 0.4, inplace=True)
+        x = F.dropout(self.layers[2](F.pad(x, (1, 1))), 0.4, inplace=True)
+        return self.layers[3](x)
+
+
+@case()
+def dropout_in_place() -> Case:
+    return Case(DropsInPlace(), torch.randn(3, 4, 6), mean_square)
 
 
 class FillsABuffer(nn.Module):

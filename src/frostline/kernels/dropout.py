@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .bits import above, let_through, pack_bits, unpack_bits
 from .function import Kernel, below_autograd
-from .lean import current_run, replaces
+from .lean import NotCoveredError, current_run, replaces
 from .unread import Looks
 from .unseen import aside, unseen
 
@@ -60,7 +60,7 @@ def dropout(op: Any, input: Tensor, p: float, train: bool) -> Any:
     if input.device.type != "cpu" and not op._schema.is_mutable:  # there it ends in native_dropout
         return NotImplemented
     if op._schema.is_mutable and (input._is_view() or input.is_leaf):
-        return NotImplemented
+        raise NotCoveredError("written in place to a view or a leaf")
     return Dropout.run(op, input, p)
 
 

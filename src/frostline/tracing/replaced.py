@@ -25,16 +25,21 @@ def mark_replaced(calls: Iterable[Call], views: set[int] | None = None) -> bool:
     for call in calls:
         inside = mark_replaced([*call.children, *call.recompute], views)
         if call.kind == "op":
-            if is_view(call.target):
+            to_a_view = _writes_to(call, views)
+            if is_view(call.target) or to_a_view:
                 views.update(slot.value for slot in call.outputs)
-            to_a_view = call.target._schema.is_mutable and any(slot.value in views for slot in call.inputs[:1])
             call.replaced = call.target._schema.name in names and not to_a_view
         else:
             call.replaced = inside or call.kind in ("function", "checkpoint")
         if call.kind == "torch" and call.replayable and any(_draws(child) for child in call.children):
-            call.opaque = call.replaced = True
+            call.opaque = True
+            call.replaced = not any(_writes_to(child, views) for child in call.children)
         found = found or call.replaced
     return found
+
+
+def _writes_to(call: Call, values: set[int]) -> bool:
+    return call.kind == "op" and call.target._schema.is_mutable and any(s.value in values for s in call.inputs[:1])
 
 
 def _draws(call: Call) -> bool:

@@ -400,3 +400,31 @@ def test_a_compiler_goes_through_kernels_that_had_to_stay() -> None:
     finally:
         done.set()
         thread.join()
+
+
+@pytest.mark.parametrize("how", ["negative", "zero", "batched"])
+def test_gradients_that_are_more_than_their_memory(how: str) -> None:
+    """Lazily negative, zeros without memory, several at once: the loops would not see it."""
+
+    def found() -> Tensor:
+        x = torch.linspace(-1, 1, 16, requires_grad=True)
+        y = F.relu(x * 1) * 1  # (nobody else keeps the ReLU's result)
+        gradient = torch.linspace(1, 2, 16)
+        if how == "batched":
+            return torch.autograd.grad(y, x, torch.stack([gradient, -gradient]), is_grads_batched=True)[0]
+        given = torch._neg_view(gradient) if how == "negative" else torch._efficientzerotensor((16,))
+
+        class Gives(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, y: Tensor) -> Tensor:
+                return y.sum()
+
+            @staticmethod
+            def backward(ctx: Any, _gradient: Tensor) -> Tensor:
+                return given
+
+        return torch.autograd.grad(Gives.apply(F.relu(x * 1)), x)[0]
+
+    expected = found()
+    with lean_kernels():
+        assert torch.equal(found(), expected)

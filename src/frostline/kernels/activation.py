@@ -19,7 +19,7 @@ from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
 from .leaving_out import users_hooks
-from .unread import Looks
+from .unread import Looks, lies_alike
 from .unseen import aside, unseen
 
 _aten = torch.ops.aten
@@ -79,7 +79,7 @@ class Gated(Kernel):
         gate: Gate = ctx.gate
         holder: Holder = ctx.holder
         was_packed = holder.is_packed
-        if gradient is not None and was_packed and gate.lets_through and _lies_alike(gradient, ctx.looks):
+        if gradient is not None and was_packed and gate.lets_through and lies_alike(gradient, ctx.looks):
             return (None, None, None, None, let_through(gradient, holder.take_as_kept()), *nothing)
         args = (*weights, *(gate.args_for_bits if was_packed else gate.args))
         kept = holder.take()
@@ -87,11 +87,6 @@ class Gated(Kernel):
             gradient = torch.zeros_like(kept)
         found = _backward(gate.backward, gradient, tied(kept, tie), args, spent=was_packed)
         return (None, None, None, None, found, *nothing)
-
-
-def _lies_alike(gradient: Tensor, looks: Looks) -> bool:
-    """Whether it lies in memory as the kept tensor did, and no graph is made of this backward."""
-    return Looks.of(gradient) == looks and not torch.is_grad_enabled()
 
 
 def _backward(op: Any, gradient: Tensor, kept: Tensor, args: Sequence[Any], *, spent: bool) -> Tensor:

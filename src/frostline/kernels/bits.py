@@ -239,6 +239,7 @@ for _backend in ("CPU", "CUDA", "XPU", "MPS"):
     if _backend != "CPU":
         _library.impl("let_through", _let_through_elsewhere, _backend)
 _op = torch.ops.frostline.unpack_bits.default
+_keys = torch._C._dispatch_keys
 
 
 def unpack_bits(bits: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -252,6 +253,10 @@ def let_through(gradient: Tensor, bits: Tensor, scale: float | None = None) -> T
     Args:
         gradient: one without gaps, that lies in memory as what was packed did.
     """
-    if type(gradient) is Tensor and gradient.is_cpu and not torch._C._len_torch_dispatch_stack():
-        return _let_through(gradient, bits, scale)  # (nobody would see the op, which takes as long again)
+    if (
+        _keys(gradient).raw_repr() == _keys(bits).raw_repr()
+        and bits.is_cpu
+        and not torch._C._len_torch_dispatch_stack()
+    ):
+        return _let_through(gradient, bits, scale)  # as plain as the bits: nobody would see the op, which takes as long
     return torch.ops.frostline.let_through.default(gradient, bits, scale)  # type: ignore[no-any-return]

@@ -48,6 +48,11 @@ class Looks(NamedTuple):
         return _is_dense(self.shape, self.stride)
 
 
+def lies_alike(gradient: Tensor, looks: Looks) -> bool:
+    """Whether a gradient lies in memory as a tensor of those looks did, and no graph is made of this backward."""
+    return not gradient._is_zerotensor() and Looks.of(gradient) == looks and not torch.is_grad_enabled()
+
+
 @lru_cache(maxsize=1024)
 def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     expected = 1

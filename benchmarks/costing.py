@@ -179,11 +179,13 @@ def processor() -> str:
 def conditions() -> list[str]:
     """Everything a reader needs to run it again."""
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    memory = ", ".join(f"{name} {value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_"))
     return [
         f"{date.today().isoformat()}. Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, frostline {fl.__version__}.",
         f"{processor()}, {os.cpu_count()} cores; OMP_NUM_THREADS {threads}, torch threads {torch.get_num_threads()}; "
-        f"load average before the run {LOAD:.1f} (above 0: other processes shared the cores).",
+        f"{memory or 'memory as the C library keeps it by itself'}; load average before the run {LOAD:.1f} (above 0: "
+        "other processes shared the cores).",
         "BERT-base: 12 x 768, float32, 8 x 128 tokens, train mode, eager attention, no weights (meta). Random subsets "
         f"of 1 to all parameters, seed {SEED}. Llama shapes: bfloat16, 1 x 2048 tokens, train mode, no weights.",
     ]

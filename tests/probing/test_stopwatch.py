@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,6 +39,21 @@ def test_seconds_are_the_clocks() -> None:
     assert timing.spread == pytest.approx(0.0, abs=1e-9)
     assert timing.num_samples == COOLED_SAMPLES  # (what is read in between is off the clock)
     assert not timing.failure
+
+
+def test_calls_that_take_their_memory_anew_are_told_from_the_others() -> None:
+    durations = iter([0.4, 0.41, 0.36, *[0.005] * 100])  # the first only says how long a call is
+
+    def clock() -> Iterator[float]:
+        now = 0.0
+        for duration in durations:
+            yield now
+            now += duration
+            yield now
+
+    timing = Stopwatch(CPU, functools.partial(next, clock())).time(Work(aten.mul.Tensor, (meta(4, 4), meta(4, 4)), {}))
+    assert timing.seconds == pytest.approx(0.005)
+    assert timing.num_samples == 5
 
 
 def test_scratch_is_what_a_kernel_holds_beyond_its_results() -> None:

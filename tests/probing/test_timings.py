@@ -80,6 +80,22 @@ def test_timings_of_another_thread_count_are_not_used_and_said(monkeypatch: pyte
     assert "7" not in said.split(",")[1]
 
 
+def test_timings_with_memory_kept_otherwise_are_not_used_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    Timings(CPU).get(WORK)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000000000")
+    other = Timings(CPU)
+    other.get(WORK)
+    assert other.num_timed == 1
+    (said,) = other.others()
+    assert "allocator" not in said
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    again = Timings(CPU)
+    again.get(WORK)
+    assert again.num_timed == 0
+    (said,) = again.others()
+    assert "allocator settings" in said
+
+
 def test_timings_of_another_torch_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     Timings(CPU).get(WORK)
     monkeypatch.setattr(torch, "__version__", "9.9.9")

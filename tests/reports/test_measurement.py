@@ -82,3 +82,11 @@ def test_its_data_is_valid():
     jsonschema.Draft202012Validator(schema()).validate(data)
     assert [row["measured_ratio"] for row in data["rows"]] == [0.8, 0.4, None, 1.0]
     assert data["rows"][2]["error"] == "RuntimeError: out of memory"
+
+
+def test_page_faults_are_told_where_they_take_time():
+    assert "page faults" not in str(measurement())
+    full = replace(measured(0.020, 16384, 1536), page_faults=1200.0, fault_seconds=0.002)
+    rows = measurement().rows
+    text = " ".join(str(replace(measurement(), rows=(*rows[:-1], replace(rows[-1], measured=full)))).split())
+    assert "page faults: up to 10 % of a step (@all: 1,200, about 2.0 ms)" in text

@@ -18,6 +18,8 @@ class Measured:
         turns: seconds of a step, one for each round (the median of that turn's steps).
         forward_turns, backward_turns, optimizer_turns: the parts of each, in the same order.
         interruptions: how often a second a thread lost its processor to something else; the median of the turns.
+        page_faults: pages of memory that a step took anew from the system; the median of the turns. ``fault_seconds``:
+            about how long that took.
         peak_bytes: the most that was allocated at one time in a step, in steady state; None where the device does not
             say. With ``baseline_bytes`` (what there was before the step, by kind), ``at_loss_bytes`` (above it, when
             the loss returned), ``peak_phase`` and ``timeline``: see `frostline.measuring.memory.Memory`.
@@ -39,6 +41,8 @@ class Measured:
     baseline_bytes: Mapping[str, int] = field(default_factory=dict)
     timeline: tuple[int, ...] = field(default=(), repr=False)
     phase_ends: Mapping[str, int] = field(default_factory=dict, repr=False)
+    page_faults: float = 0.0
+    fault_seconds: float = 0.0
 
     @property
     def step_seconds(self) -> float:
@@ -76,7 +80,10 @@ class Measured:
             columns["forward"],
             columns["backward"],
             columns["optimizer"],
-            interruptions=statistics.median(turn["interruptions"] for turn in turns),
+            **{
+                name: statistics.median(turn[name] for turn in turns)
+                for name in ("interruptions", "page_faults", "fault_seconds")
+            },
             peak_bytes=memory.get("peak_bytes"),
             at_loss_bytes=memory.get("at_loss_bytes"),
             saved_bytes=found.get("saved_bytes"),
@@ -99,6 +106,8 @@ class Measured:
             "optimizer_seconds": self.optimizer_seconds,
             "round_seconds": list(self.turns),
             "interruptions_per_second": self.interruptions,
+            "page_faults_per_step": self.page_faults,
+            "page_fault_seconds": self.fault_seconds,
             "peak_bytes": self.peak_bytes,
             "peak_phase": self.peak_phase,
             "baseline_bytes": dict(self.baseline_bytes),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
+import mmap
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +27,7 @@ SHORT_TURN_SECONDS = 0.05
 """A turn of a fast loop takes as many steps as fit in this, so that its median is of more than one."""
 LONG_STEP_SECONDS = 0.5
 """From here on the step before the clock starts is left out: a cold cache no longer shows."""
+_FRESH_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Turn:
     """Seconds of one turn, each the median of its steps; on an accelerator the phases are the device's own.
 
     ``interruptions``: how often a second the system took a processor away from a thread of this process, to give it to
-    another; 0 where the system does not say.
+    another. ``page_faults``: how many pages of memory a step took anew from the system, and ``fault_seconds``: about
+    how long that took. All are 0 where the system does not say.
     """
 
     step: float
@@ -39,6 +44,8 @@ class Turn:
     backward: float
     optimizer: float
     interruptions: float = 0.0
+    page_faults: float = 0.0
+    fault_seconds: float = 0.0
 
 
 def take_turn(loop: Loop, settling: int, steps: int, clock: Clock = time.perf_counter) -> Turn:
@@ -49,21 +56,40 @@ def take_turn(loop: Loop, settling: int, steps: int, clock: Clock = time.perf_co
     try:
         for _ in range(settling):
             loop.step(_ignore)
-        before = _interruptions()
+        before = _usage()
         taken = [_timed(loop, clock) for _ in range(steps)]
-        interrupted = _interruptions() - before
+        interrupted, faults = (now - then for now, then in zip(_usage(), before, strict=True))
     finally:
         if enabled:
             gc.enable()
     step, forward, backward, optimizer = (statistics.median(column) for column in zip(*taken, strict=True))
-    return Turn(step, forward, backward, optimizer, interrupted / sum(seconds for seconds, *_ in taken))
+    faults /= steps
+    interruptions = interrupted / sum(seconds for seconds, *_ in taken)
+    return Turn(step, forward, backward, optimizer, interruptions, faults, faults * _seconds_per_fault())
 
 
-def _interruptions() -> int:
-    """How often so far a thread of this process lost its processor against its will."""
+def _usage() -> tuple[float, float]:
+    """How often so far a thread of this process lost its processor against its will, and its page faults."""
     if resource is None:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        return 0, 0
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_nivcsw, used.ru_minflt
+
+
+@functools.cache
+def _seconds_per_fault() -> float:
+    """Of the first writing to memory that the system has just given, over that of the second."""
+    with mmap.mmap(-1, _FRESH_BYTES) as fresh:
+        pages = np.frombuffer(fresh, dtype=np.uint8)[:: mmap.PAGESIZE]
+        _, before = _usage()
+        clocks = [time.perf_counter()]
+        for _ in range(2):
+            pages[:] = 1
+            clocks.append(time.perf_counter())
+        _, after = _usage()
+        del pages  # the mapping cannot be closed under it
+    start, first, second = clocks
+    return max(0.0, (first - start) - (second - first)) / max(1, after - before)
 
 
 def turn_size(step_seconds: float) -> tuple[int, int]:

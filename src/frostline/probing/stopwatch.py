@@ -32,6 +32,7 @@ _MOST_SETS = 256
 _FEW_SETS = 16  # where each takes memory of its own
 _ENOUGH = 0.06  # seconds of calls to collect for one op
 _LONG = 1.5  # seconds: what takes this long is not run again only to be sure
+_AGREE = 0.1  # of the median: samples that lie this near to it are of the same thing
 MOST_SAMPLES = 25
 _BETWEEN_BYTES = 28 << 20  # that a step's other ops touch until the same scratch memory is used again
 COOLED_SAMPLES = 9  # reading that much takes longer than most calls
@@ -155,7 +156,7 @@ class Stopwatch:
         spent = sum(samples)
         cools = cool is not None and at_a_time == 1
         most = min(MOST_SAMPLES, COOLED_SAMPLES) if cools else MOST_SAMPLES
-        while len(samples) < most and (spent < _ENOUGH or (len(samples) < 3 and spent < _LONG)):
+        while len(samples) < most and (spent < _ENOUGH or (spent < _LONG and not _settled(samples))):
             if cool is not None and cools:
                 cool()
             seconds = self._timed(call, at_a_time)
@@ -259,6 +260,12 @@ class Stopwatch:
 
 
 Runner = Callable[[Any, Any, Any], Any]
+
+
+def _settled(samples: list[float]) -> bool:
+    """Whether three agree with the median: some calls may be those that take their memory from the system."""
+    middle = statistics.median(samples or [0.0])
+    return sum(abs(sample - middle) <= _AGREE * middle for sample in samples) >= 3
 
 
 def _summary(samples: list[float], host: list[float], scratch: int) -> Timing:

@@ -1,13 +1,15 @@
 """Timings remembered: two op calls that look alike are timed once, and kept between runs.
 
-Kept per device, version of torch, machine, number of threads, and this code. The machine's speed drifts, so a reference
-kernel is timed between the ops, and each timing is kept beside what the reference took just then.
+Kept per device, version of torch, machine, number of threads, what the C library is told about memory, and this code.
+The machine's speed drifts, so a reference kernel is timed between the ops, and each timing is kept beside what the
+reference took just then.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from frostline.probing.stopwatch import Runner, Stopwatch, Timing, Work, failed,
 _BETWEEN = 0.5  # seconds between two looks at the reference
 _AT_LEAST = 5  # looks
 _LOOKS = 3  # as many calls of the reference make a look
+_ALLOCATORS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "DYLD_INSERT_LIBRARIES")
 
 
 def key_of(work: Work) -> str:
@@ -177,7 +180,7 @@ class Timings:
         return kept
 
     def others(self) -> list[str]:
-        """What else there are timings for, that are not these: of another torch, or number of threads."""
+        """What else there are timings for, that are not these: of another torch, number of threads or allocator."""
         where = folder()
         if where is None:
             return []
@@ -211,12 +214,22 @@ def _disk(device: torch.device) -> Disk | None:
 def _name(device: torch.device) -> str:
     torch_version = torch.__version__.replace("-", "_")
     threads = torch.get_num_threads()
-    return f"timings-{device.type}-{threads}-{torch_version}-{digest('probing', 'kernels')}.sqlite"
+    return f"timings-{device.type}-{threads}-{_allocator()}-{torch_version}-{digest('probing', 'kernels')}.sqlite"
+
+
+def _allocator() -> str:
+    """A name for what the environment tells the C library about memory, or which library; ``own`` if it says nothing.
+
+    Memory that it gives back to the system and takes again makes a step slower by up to a fifth.
+    """
+    told = sorted(item for item in os.environ.items() if item[0].startswith(_ALLOCATORS))
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:8] if told else "own"
 
 
 def _said(name: str) -> str:
     parts = name.removesuffix(".sqlite").split("-")
-    if len(parts) != 5:
+    if len(parts) != 6:
         return name
-    _, device, threads, version, _ = parts
-    return f"{device}, {threads} thread{'' if threads == '1' else 's'}, torch {version}"
+    _, device, threads, allocator, version, _ = parts
+    memory = "" if allocator == "own" else f", allocator settings {allocator}"
+    return f"{device}, {threads} thread{'' if threads == '1' else 's'}, torch {version}{memory}"

@@ -46,6 +46,9 @@ def measurement_lines(measurement: Measurement, width: int = WIDTH) -> Iterator[
 BUSY = 20
 """Interruptions a second from which on a machine is not at rest: a run alone on two cores has up to 7, one that shares
 them with another process from 30 to 270."""
+KEEPING = "MALLOC_TRIM_THRESHOLD_=1000000000000 MALLOC_MMAP_MAX_=0"
+FAULTING = 0.03
+"""Of a step, from where on its page faults are told."""
 
 # -- tables -----------------------------------------------------------------------------------------------------------
 
@@ -175,8 +178,25 @@ def measurement_findings(measurement: Measurement) -> Iterator[Finding]:
             f"the machine was busy with something else: up to {interruptions:.0f} times a second it took a processor "
             f"from a run, so that the seconds are too long.{advice}",
         )
+    yield from _faults(measurement)
     for note in measurement.notes:
         yield Finding("note", note)
+
+
+def _faults(measurement: Measurement) -> Iterator[Finding]:
+    """Memory that goes back to the system and is taken again at each step; the worst row."""
+    ran = [(row.label, row.measured) for row in measurement.rows if row.measured]
+    if not ran:
+        return
+    label, worst = max(ran, key=lambda row: row[1].fault_seconds / row[1].step_seconds)
+    if worst.fault_seconds > FAULTING * worst.step_seconds:
+        yield Finding(
+            "page-faults",
+            f"page faults: up to {share(worst.fault_seconds, worst.step_seconds)} of a step ({label}: "
+            f"{worst.page_faults:,.0f}, about {1e3 * worst.fault_seconds:.1f} ms). The C library gives memory back to "
+            "the system and takes it again at each step, how much varies from step to step, and predictions hold only "
+            f"that of the largest blocks. Started with {KEEPING}, glibc keeps it.",
+        )
 
 
 def _answer(measurement: Measurement, methods: dict[str, MeasuredRow]) -> Iterator[Finding]:

@@ -1,11 +1,11 @@
 """What training a part keeps and takes, by method: ``python -m benchmarks.training [NETWORK ...] [--save]``.
 
-Each network's subsets by ``freeze``, by the scheme of memsave_torch (`benchmarks.memsave`), by `frostline.train_only`
-and, with ``--compile``, by torch.compile: really run in fresh processes, turn by turn. Prints, for each row, what
-autograd kept when the loss returned, the peak that torch's allocator saw, and a step's seconds, beside ``freeze`` (of
-each round's two turns, which lie seconds apart, the ratio; of the rounds, the median); ``--save`` writes
-``benchmarks/results/training.md`` and ``.json``. CNNs run with their batch norms in eval mode, as when few images are
-at hand.
+Each network's subsets by ``freeze``, by the scheme of memsave_torch (`benchmarks.memsave`) and by
+`frostline.train_only`, or with ``--compile`` by ``freeze`` and torch.compile: really run in fresh processes, turn by
+turn. Prints, for each row, what autograd kept when the loss returned, the peak that torch's allocator saw, and a step's
+seconds, beside ``freeze`` (of each round's two turns, which lie seconds apart, the ratio; of the rounds, the median);
+``--save`` writes ``benchmarks/results/training.md`` and ``.json``, where rows that were not run again stay. CNNs run
+with their batch norms in eval mode, as when few images are at hand.
 """
 
 from __future__ import annotations
@@ -111,7 +111,10 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             key = (row.network, row.subset)
             fewest[key] = min(fewest.get(key, row.kept_bytes), row.kept_bytes)
     lowest = sum(row.kept_bytes == fewest[row.network, row.subset] for row, _ in pairs)
-    early = [b.peak_bytes / r.peak_bytes for r, b in pairs if r.network in CNNS and r.subset in EARLY]
+    early = {
+        subset: [b.peak_bytes / r.peak_bytes for r, b in pairs if r.network in CNNS and r.subset == subset]
+        for subset in EARLY
+    }
     kept = [b.kept_bytes / r.kept_bytes for r, b in pairs if r.kept_bytes]
     found = [
         f"kept bytes: the lowest, or equal to it, in {lowest} of {len(pairs)} rows; "
@@ -119,8 +122,9 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         f"seconds of a step: {statistics.median(times):.3f} x freeze at the median, {max(times):.3f} x in the worst "
         f"row, {quantile(times, 0.9):.3f} x at the 90th percentile",
     ]
-    if early:
-        found.append(f"peak of CNNs with early subsets: {min(early):.2f} to {max(early):.2f} x less than freeze")
+    if any(early.values()):
+        each = ", ".join(f"{min(of):.2f} to {max(of):.2f} x ({subset})" for subset, of in early.items() if of)
+        found.append(f"peak of CNNs less than freeze: {each}; a batch norm that trains reads its input")
     return found
 
 
@@ -143,12 +147,20 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def save(rows: Sequence[Row]) -> None:
-    """Write both files."""
+    """Write both files; other rows stay as they are."""
+    kept = HERE / "results" / "training.json"
+    before = [Row(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
+    anew = {(row.network, row.way) for row in rows}
+    subset_order = list(dict.fromkeys(row.subset for row in (*rows, *before)))
+    rows = sorted(
+        [*rows, *(row for row in before if (row.network, row.way) not in anew)],
+        key=lambda row: (NETWORKS.index(row.network), subset_order.index(row.subset), list(WAYS).index(row.way)),
+    )
     lines = ["# Training a part, by method", "", *(f"- {line}" for line in verdicts(rows)), ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
     lines += ["| " + " | ".join(line) + " |" for line in table(rows)]
     (HERE / "results" / "training.md").write_text("\n".join([*lines, "", *conditions(), ""]))
-    (HERE / "results" / "training.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    kept.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 def main() -> None:
@@ -156,18 +168,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", choices=[[], *NETWORKS])
     parser.add_argument("--rounds", type=int, help="turns of each case; else 5 to 25, as fit in a minute")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too: a minute or more for each row")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile in place of the others: a minute or more for each row"
+    )
     parser.add_argument("--save", action="store_true")
     asked = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    ways = [way for way in WAYS if way != "compile" or asked.compile]
+    ways = ["freeze", "compile"] if asked.compile else [way for way in WAYS if way != "compile"]
     rows: list[Row] = []
     for network in NETWORKS:
         if not asked.networks or network in asked.networks:
             print(network, flush=True)
             rows += rows_of(network, ways, asked.rounds)
             if asked.save:
-                save(rows)
+                save([row for row in rows if row.way == "compile" or not asked.compile])
     console = Console()
     shown = Table(*HEAD)
     for line in table(rows):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import itertools
-import mmap
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from frostline.measuring.loop import PHASES, Loop
+from frostline.probing.page_faults import page_faults, seconds_per_fault
 
 try:
     import resource
@@ -27,7 +25,6 @@ SHORT_TURN_SECONDS = 0.05
 """A turn of a fast loop takes as many steps as fit in this, so that its median is of more than one."""
 LONG_STEP_SECONDS = 0.5
 """From here on the step before the clock starts is left out: a cold cache no longer shows."""
-_FRESH_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -56,40 +53,22 @@ def take_turn(loop: Loop, settling: int, steps: int, clock: Clock = time.perf_co
     try:
         for _ in range(settling):
             loop.step(_ignore)
-        before = _usage()
+        before, faults_before = _interruptions(), page_faults()
         taken = [_timed(loop, clock) for _ in range(steps)]
-        interrupted, faults = (now - then for now, then in zip(_usage(), before, strict=True))
+        interrupted, faults = _interruptions() - before, (page_faults() - faults_before) / steps
     finally:
         if enabled:
             gc.enable()
     step, forward, backward, optimizer = (statistics.median(column) for column in zip(*taken, strict=True))
-    faults /= steps
     interruptions = interrupted / sum(seconds for seconds, *_ in taken)
-    return Turn(step, forward, backward, optimizer, interruptions, faults, faults * _seconds_per_fault())
+    return Turn(step, forward, backward, optimizer, interruptions, faults, faults * seconds_per_fault())
 
 
-def _usage() -> tuple[float, float]:
-    """How often so far a thread of this process lost its processor against its will, and its page faults."""
+def _interruptions() -> int:
+    """How often so far a thread of this process lost its processor against its will."""
     if resource is None:
-        return 0, 0
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_nivcsw, used.ru_minflt
-
-
-@functools.cache
-def _seconds_per_fault() -> float:
-    """Of the first writing to memory that the system has just given, over that of the second."""
-    with mmap.mmap(-1, _FRESH_BYTES) as fresh:
-        pages = np.frombuffer(fresh, dtype=np.uint8)[:: mmap.PAGESIZE]
-        _, before = _usage()
-        clocks = [time.perf_counter()]
-        for _ in range(2):
-            pages[:] = 1
-            clocks.append(time.perf_counter())
-        _, after = _usage()
-        del pages  # the mapping cannot be closed under it
-    start, first, second = clocks
-    return max(0.0, (first - start) - (second - first)) / max(1, after - before)
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def turn_size(step_seconds: float) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,12 +19,12 @@ from typing import Any
 import torch
 
 from frostline.probing.disk import Disk, digest, folder
+from frostline.probing.page_faults import allocator_settings
 from frostline.probing.stopwatch import Runner, Stopwatch, Timing, Work, failed, reason
 
 _BETWEEN = 0.5  # seconds between two looks at the reference
 _AT_LEAST = 5  # looks
 _LOOKS = 3  # as many calls of the reference make a look
-_ALLOCATORS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "DYLD_INSERT_LIBRARIES")
 
 
 def key_of(work: Work) -> str:
@@ -222,7 +221,7 @@ def _allocator() -> str:
 
     Memory that it gives back to the system and takes again makes a step slower by up to a fifth.
     """
-    told = sorted(item for item in os.environ.items() if item[0].startswith(_ALLOCATORS))
+    told = allocator_settings()
     return hashlib.sha256(repr(told).encode()).hexdigest()[:8] if told else "own"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from frostline.costing.cost import Cost
 from frostline.measuring.measured import Measured
 from frostline.measuring.measurement import MeasuredRow, Measurement
+from frostline.probing.page_faults import KEEPING
 from frostline.reports.data import VERSION, cost_figures
 from frostline.reports.findings import Finding, bound_findings
 from frostline.reports.header import header
@@ -46,7 +47,6 @@ def measurement_lines(measurement: Measurement, width: int = WIDTH) -> Iterator[
 BUSY = 20
 """Interruptions a second from which on a machine is not at rest: a run alone on two cores has up to 7, one that shares
 them with another process from 30 to 270."""
-KEEPING = "MALLOC_TRIM_THRESHOLD_=1000000000000 MALLOC_MMAP_MAX_=0"
 FAULTING = 0.03
 """Of a step, from where on its page faults are told."""
 
@@ -195,7 +195,7 @@ def _faults(measurement: Measurement) -> Iterator[Finding]:
             f"page faults: up to {share(worst.fault_seconds, worst.step_seconds)} of a step ({label}: "
             f"{worst.page_faults:,.0f}, about {1e3 * worst.fault_seconds:.1f} ms). The C library gives memory back to "
             "the system and takes it again at each step, how much varies from step to step, and predictions hold only "
-            f"that of the largest blocks. Started with {KEEPING}, glibc keeps it.",
+            f"that of the largest blocks. Started with {' '.join(map('='.join, KEEPING.items()))}, glibc keeps it.",
         )
 
 

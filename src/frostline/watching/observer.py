@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -26,6 +27,7 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from frostline.kernels import kernels_active
+from frostline.probing.page_faults import page_faults
 from frostline.running.values import digests
 from frostline.watching.moves import Moves
 from frostline.watching.places import around, called, caller, holding
@@ -93,6 +95,7 @@ class Observer:
         self._moves = Moves(record)
         self._samples = Samples()
         self._ranks = Ranks(record)
+        self._step_ended: tuple[float, int] | None = None  # the last one, if what follows is not inspected
 
     # -- begin and end -------------------------------------------------------------------------------------------------
 
@@ -351,6 +354,13 @@ class Observer:
         if not self._inspects:
             self._tape.drop()
             self._used.clear()
+        self._look_at_pace()
+
+    def _look_at_pace(self) -> None:
+        now = time.perf_counter(), page_faults()
+        if self._step_ended is not None:
+            self.record.pace.add(now[0] - self._step_ended[0], now[1] - self._step_ended[1])
+        self._step_ended = None if self._inspects else now
 
     # -- backward ------------------------------------------------------------------------------------------------------
 

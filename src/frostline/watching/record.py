@@ -240,12 +240,26 @@ class ApartFact:
 
 
 @dataclass(eq=False)
+class PaceFact:
+    """Optimizer steps one after the other of which none was inspected: how many, what they took, their page faults."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    page_faults: int = 0
+
+    def add(self, seconds: float, page_faults: int) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.page_faults += page_faults
+
+
+@dataclass(eq=False)
 class Record:
     """Everything that was seen of one script.
 
     ``stray``: ids of parameters of no model that an optimizer holds and that had a gradient. ``samples``: by the id of
     the module that was called, where a sizeable part of it is frozen. ``wraps``: by the id of the module inside.
-    ``apart``: what rank 0 learnt of the others' parameters.
+    ``apart``: what rank 0 learnt of the others' parameters. ``pace``: of all steps that were not inspected.
     """
 
     name: str = "the block"
@@ -264,6 +278,7 @@ class Record:
     num_ranks: int = 1
     wraps: dict[int, WrapFact] = field(default_factory=dict)
     apart: list[ApartFact] = field(default_factory=list)
+    pace: PaceFact = field(default_factory=PaceFact)
     notes: list[str] = field(default_factory=list)
     ended: str = ""
 

@@ -31,6 +31,7 @@ def rules() -> tuple[Rule, ...]:
         frozen_moved,
         frozen_norm_drift,
         grad_off_over_trainable,
+        memory_given_back,
         never_updated,
         partial_mask_leak,
         ranks_differ,
@@ -45,6 +46,6 @@ def rules() -> tuple[Rule, ...]:
         frozen_norm_drift, never_updated, grad_off_over_trainable, checkpoint_blocks_grad, frozen_moved, freeze_missed,
         clip_covers_unowned, stale_optimizer, partial_mask_leak, ranks_differ, unowned_grad,
         early_param_forces_backward, forced_input_grad, tied_surprise, unneeded_saved_tensors, cacheable_prefix,
-        stochastic_frozen,
+        stochastic_frozen, memory_given_back,
     )  # fmt: skip
     return tuple(module.RULE for module in modules)

@@ -87,7 +87,8 @@ def rows_of(network: str, ways: Sequence[str], rounds: int | None) -> Iterator[R
         if found is None or freeze[label] is None:
             print(f"{network} {label} {way}: {outcome.error}", flush=True)
             continue
-        kept, peak = found.saved_bytes, found.peak_bytes
+        kept = found.at_loss_bytes if found.saved_bytes is None else found.saved_bytes  # (compiled: the loss too)
+        peak = found.peak_bytes
         pairs = zip(found.turns, freeze[label].turns, strict=True)
         slower = statistics.median(ours / own for ours, own in pairs)
         yield Row(network, label, way, kept, peak, found.step_seconds, found.spread_seconds, slower)

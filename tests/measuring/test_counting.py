@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+import torch
 from tests.cases import CASES
 from tests.measuring.networks import inputs, mlp, squares
+from torch import nn
 
 import frostline as fl
 from frostline.measuring.case import Case
@@ -55,3 +60,35 @@ def test_what_stands_in_for_an_unread_tensor_takes_no_memory():
         found[method] = sum(count(loop).other.values())
     loop.close()
     assert found["train-only"] == found["freeze"]
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.last(self.first(x).relu())
+
+
+def test_a_compiled_model_is_counted_as_eager_and_still_compiled_afterwards():
+    runs = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            runs.append(args)
+            return graph(*args)
+
+        return run
+
+    model = Own()
+    cost = fl.trace(Own(), inputs(), squares).cost("last.weight")
+    model.compile(backend=backend)
+    loop = Loop(model, inputs(), squares)
+    counts = counts_of(loop, cost)
+    assert (counts.forward_flops, counts.backward_flops) == (cost.forward_flops, cost.backward_flops)
+    assert counts.saved_bytes is None
+    before = len(runs)
+    assert before > 0
+    loop.step(lambda phase, loss: None)
+    assert len(runs) == before + 1

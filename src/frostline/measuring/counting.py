@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +16,7 @@ from frostline.kernels import takes_no_memory
 from frostline.measuring.loop import Loop
 from frostline.probing.storages import living, storages_of
 from frostline.running.kept import Seen, kept_when_returned
+from frostline.running.train_only import is_compiled
 from frostline.tracing.calls import flat_outputs
 
 
@@ -23,7 +26,8 @@ class Counts:
 
     Attributes:
         forward_flops, backward_flops: a multiply-add is 2; recomputation by checkpoints is backward.
-        saved_bytes: distinct storages that autograd held when the loss returned, outside parameters and buffers.
+        saved_bytes: distinct storages that autograd held when the loss returned, outside parameters and buffers; None
+            of a compiled model.
         uncounted: ops without a formula; not in any total.
         other: storages that the step used and found there: neither parameters, buffers nor inputs, such as targets
             that the loss brings along; by address, in bytes.
@@ -31,7 +35,7 @@ class Counts:
 
     forward_flops: int
     backward_flops: int
-    saved_bytes: int
+    saved_bytes: int | None
     uncounted: tuple[str, ...]
     other: dict[int, int]
 
@@ -41,16 +45,19 @@ def count(loop: Loop) -> Counts:
 
     Assumes, for ``saved_bytes``: what the forward allocated and is still there when the loss has returned is held by
     autograd, but for what running functions and the model's modules hold; of these and of what was there before, what
-    the nodes saved or are to put a gradient on. So an input that only a checkpoint keeps does not count.
+    the nodes saved or are to put a gradient on. So an input that only a checkpoint keeps does not count. A compiled
+    model is counted as it runs without torch.compile, which alone knows what it keeps: ``saved_bytes`` is None.
     """
     watch = _Watch(loop)
     gc.collect()
-    with watch:
+    compiled = is_compiled(loop.model)
+    # (Under a dispatch mode torch.compile would give its code up, for the steps that come after as well.)
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), watch:
         loop.step(watch.mark)
     return Counts(
         forward_flops=watch.flops["forward"],
         backward_flops=watch.flops["backward"],
-        saved_bytes=watch.saved_bytes,
+        saved_bytes=None if compiled else watch.saved_bytes,
         uncounted=tuple(sorted(watch.uncounted)),
         other=watch.other(),
     )

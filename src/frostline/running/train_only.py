@@ -109,7 +109,7 @@ class Run:
                 )
             if freeze_buffers:
                 self._freeze_buffers(inner, undo.callback)
-            if _is_compiled(model):
+            if is_compiled(model):
                 self._note_compiled(undo.callback)
             else:
                 undo.enter_context(lean_kernels())
@@ -259,7 +259,7 @@ def _optimized_module() -> Any:
     return () if module is None else module.OptimizedModule
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     """Whether the model, or a module in it, goes through ``torch.compile``."""
     compiled = _optimized_module()
     return any(isinstance(m, compiled) or m._compiled_call_impl is not None for m in model.modules())

@@ -18,7 +18,7 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-KEEPING = {"MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_MMAP_MAX_": "0"}
+KEEPING = "MALLOC_TRIM_THRESHOLD_=1000000000000 MALLOC_MMAP_MAX_=0"
 """The environment in which glibc keeps what it has."""
 _SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "DYLD_INSERT_LIBRARIES")
 _FRESH_BYTES = 1 << 23

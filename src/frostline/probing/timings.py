@@ -219,7 +219,7 @@ def _name(device: torch.device) -> str:
 def _allocator() -> str:
     """A name for what the environment tells the C library about memory, or which library; ``own`` if it says nothing.
 
-    Memory that it gives back to the system and takes again makes a step slower by up to a fifth.
+    Memory that it gives back to the system and takes again makes a step slower by up to a third.
     """
     told = allocator_settings()
     return hashlib.sha256(repr(told).encode()).hexdigest()[:8] if told else "own"

@@ -195,7 +195,7 @@ def _faults(measurement: Measurement) -> Iterator[Finding]:
             f"page faults: up to {share(worst.fault_seconds, worst.step_seconds)} of a step ({label}: "
             f"{worst.page_faults:,.0f}, about {1e3 * worst.fault_seconds:.1f} ms). The C library gives memory back to "
             "the system and takes it again at each step, how much varies from step to step, and predictions hold only "
-            f"that of the largest blocks. Started with {' '.join(map('='.join, KEEPING.items()))}, glibc keeps it.",
+            f"that of the largest blocks. Started with {KEEPING}, glibc keeps it.",
         )
 
 

@@ -34,7 +34,6 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
 
 
 def _finding(faults: float, seconds: float, step_seconds: float) -> Finding:
-    told = " ".join(f"{name}={value}" for name, value in KEEPING.items())
     return Finding(
         rule=ID,
         level=Level.INFO,
@@ -47,7 +46,7 @@ def _finding(faults: float, seconds: float, step_seconds: float) -> Finding:
             f"{faults:,.0f} page faults a step, at {1e6 * seconds_per_fault():.2g} us about {1e3 * seconds:.3g} ms of "
             f"{1e3 * step_seconds:.3g}",
         ),
-        fix=Fix(f"{told} python ...", "start the script so: glibc then keeps what it has"),
+        fix=Fix(f"{KEEPING} python ...", "start the script so: glibc then keeps what it has"),
         fine=FINE,
     )
 

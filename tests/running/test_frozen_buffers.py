@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 
@@ -48,6 +49,43 @@ class Scaled(nn.Module):
         return x * self.scale
 
 
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.5
+        ).relu_()
+
+
+class WritesAnyhow(nn.Module):
+    """Reads a buffer first, and then writes to it by every door there is."""
+
+    def __init__(self, write: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(4))
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.scale
+        with torch.no_grad():
+            self.write(self.scale)
+        return y + self.scale
+
+
+DOORS: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda t: t.add_(1),
+    "data": lambda t: t.data.copy_(torch.ones(4)),
+    "out": lambda t: torch.exp(t, out=t),
+    "slice": lambda t: t[1:3].zero_(),
+    "index": lambda t: t.index_put_((torch.tensor([0]),), torch.tensor([7.0])),
+    "numpy": lambda t: t.numpy().fill(3),
+    "set": lambda t: t.set_(torch.ones(4)),
+    "storage": lambda t: t.untyped_storage().fill_(0),
+    "memory": lambda t: ctypes.memset(t.data_ptr(), 0, 8),
+    "foreach": lambda t: torch._foreach_mul_([t], 2.0),
+}
+
+
 SHAPES = {2: (6, 4), 3: (6, 4, 5), 4: (6, 4, 5, 5)}
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -57,6 +95,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "no affine": (lambda: nn.BatchNorm2d(4, affine=False), 4),
     "no affine 1d": (lambda: nn.BatchNorm1d(4, affine=False), 2),
     "cumulative average": (lambda: nn.BatchNorm2d(4, momentum=None), 4),
+    "a forward of its own": (lambda: OwnForward(4), 4),
     "no statistics": (lambda: nn.BatchNorm2d(4, track_running_stats=False), 4),
     "instance norm": (lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), 4),
     "instance norm, no affine": (lambda: nn.InstanceNorm2d(4, track_running_stats=True), 4),
@@ -119,6 +158,54 @@ def test_buffers_stay_and_outputs_and_gradients_are_those_of_train_mode(name: st
     for n, b in model.named_buffers():
         if "cache" not in n:
             assert torch.equal(b, before[n]), n
+
+
+def before_a_frozen_layer(module: nn.Module) -> nn.Sequential:
+    """One that trains, then a module that goes with what is frozen."""
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), module)).train()
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("made", ["by torch", "by numpy", "in shared memory", "a view"])
+def test_a_buffer_stays_however_it_is_written_to_and_wherever_it_lies(door: str, made: str):
+    module = WritesAnyhow(DOORS[door])
+    if made == "by numpy":
+        module.scale = torch.from_numpy(module.scale.numpy().copy())
+    elif made == "in shared memory":
+        module.scale.share_memory_()
+    elif made == "a view":
+        module.scale = torch.cat([module.scale, module.scale])[4:]
+    model = before_a_frozen_layer(module)
+    lies, before, written = module.scale, module.scale.clone(), module.scale.clone()
+    DOORS[door](written)
+    expected = model[1][0](model[0](torch.ones(2, 4))) * before + written
+    with fl.train_only(model, "0.weight"):
+        for _ in range(2):
+            assert torch.equal(model(torch.ones(2, 4)), expected)
+            assert module.scale is lies
+            assert torch.equal(lies, before)
+    assert torch.equal(lies, before)
+
+
+def test_a_buffer_that_is_only_read_is_not_copied():
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(4, 4))
+            self.address = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            result = x @ self.table
+            self.address = torch._C._data_address(self.table)
+            return result
+
+    model = before_a_frozen_layer(Reads())
+    address = model[1][1].table.data_ptr()
+    with fl.train_only(model, "0.weight") as made:
+        audit = made.audit(lambda: model(torch.randn(2, 4)).sum().backward())
+    assert model[1][1].address == address
+    assert model[1][1].table.data_ptr() == address
+    assert audit.kept_bytes == 2 * 4 * 4  # the input
 
 
 def test_freeze_buffers_off_lets_them_move_as_in_plain_pytorch():

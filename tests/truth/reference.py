@@ -164,6 +164,10 @@ def _key(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
+def _address(storage: torch.UntypedStorage) -> int:
+    return torch._C._data_address(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
+
+
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
@@ -183,12 +187,12 @@ class _Storages:
             self.references[key] = StorageWeakRef(storage)
         return key
 
-    def alive(self) -> Iterator[tuple[int, int]]:
-        """Key and size of each storage that something still holds."""
+    def alive(self) -> Iterator[tuple[int, torch.UntypedStorage]]:
+        """Key and storage of all that something still holds."""
         for key, reference in self.references.items():
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is not None:
-                yield key, storage.nbytes()
+                yield key, storage
 
 
 class _SeeEverything(TorchDispatchMode):
@@ -220,6 +224,9 @@ def _saved_bytes(case: Case, train: Collection[str], method: Method) -> int:
         with _run(copy.model, train, method), _SeeEverything(seen):
             loss = copy.run()
         _see_registered(excluded, copy.model)
+        addresses = {
+            torch._C._data_address(buffer) for buffer in copy.model.buffers() if buffer.layout is torch.strided
+        }
         root = loss.grad_fn
         for module, attributes in before.items():
             vars(module).clear()
@@ -229,7 +236,11 @@ def _saved_bytes(case: Case, train: Collection[str], method: Method) -> int:
             del module, attributes, tensor
         gc.collect()
         _see_kept_by_kernels(seen, root)
-        saved = sum(nbytes for key, nbytes in seen.alive() if key not in excluded.references)
+        saved = sum(
+            storage.nbytes()
+            for key, storage in seen.alive()
+            if key not in excluded.references and _address(storage) not in addresses  # (a copy on write shares memory)
+        )
         if root is None:
             raise Unreachable(f"the loss requires no grad with {sorted(train)} by {method}")
         return saved

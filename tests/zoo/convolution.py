@@ -54,6 +54,37 @@ def batch_norm_cnn_eval() -> Case:
     return Case(norm_cnn().eval(), torch.randn(3, 3, 9, 9), classify(torch.randint(0, 4, (3,))))
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    """A norm with a ``forward`` of its own, as image models have them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        x = functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+        return x.relu_()
+
+
+class InstancesApart(nn.InstanceNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.instance_norm(x, self.running_mean, self.running_var, self.weight, self.bias).tanh()
+
+
+@case()
+def norms_with_their_own_forward() -> Case:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, bias=False),
+        NormAndActivation(6),
+        nn.Conv2d(6, 8, 3, stride=2),
+        InstancesApart(8, affine=True, track_running_stats=True),
+        NormAndActivation(8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+    return Case(model, torch.randn(3, 3, 9, 9), classify(torch.randint(0, 4, (3,))))
+
+
 @case()
 def channels_last_cnn() -> Case:
     x = torch.randn(2, 3, 9, 9).to(memory_format=torch.channels_last)

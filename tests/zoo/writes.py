@@ -126,3 +126,25 @@ class RunningStatistics(nn.Module):
 @case()
 def buffer_written_in_forward() -> Case:
     return Case(RunningStatistics(), torch.randn(5, 4), mean_square)
+
+
+class FixedMaps(nn.Module):
+    """Buffers that ``state_dict`` saves and backward reads: a projection, a scale, filters, where to look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Parameter(torch.randn(5, 6)), nn.Linear(6, 3)
+        self.register_buffer("projection", torch.randn(6, 6))
+        self.register_buffer("scale", torch.rand(6))
+        self.register_buffer("filters", torch.randn(6, 1, 3))
+        self.register_buffer("places", torch.tensor([0, 2, 2, 4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x @ self.projection + self.table[self.places]) * self.scale
+        return self.head(F.conv1d(y.unsqueeze(-1), self.filters, padding=1, groups=6).squeeze(-1).tanh())
+
+
+@case()
+def buffers_read_in_forward() -> Case:
+    model = nn.Sequential(nn.Linear(4, 6), FixedMaps(), nn.Linear(3, 2))
+    return Case(model, torch.randn(4, 4), mean_square)

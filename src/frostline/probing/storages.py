@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
+
+_C: Any = torch._C
 
 
 def storages_of(value: Any) -> Iterator[torch.UntypedStorage]:
@@ -29,6 +31,19 @@ def living(references: dict[int, StorageWeakRef]) -> Iterator[tuple[int, torch.U
         storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
         if storage is not None:
             yield key, storage
+
+
+def lazy_addresses(tensors: Iterable[Tensor]) -> set[int]:
+    """Where the memory begins that tensors share with copies of theirs that are to be made when somebody writes."""
+    return {_C._data_address(t) for t in tensors if type(t) is Tensor and _C._is_cow_tensor(t)}
+
+
+def lies_at(storage: torch.UntypedStorage, addresses: set[int]) -> bool:
+    """Whether a storage is such a copy, still to be made, of what begins at one of ``addresses``."""
+    if not addresses or storage.device.type == "meta":
+        return False
+    tensor = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return _C._is_cow_tensor(tensor) and _C._data_address(tensor) in addresses
 
 
 def attributes(module: nn.Module) -> list[Any]:

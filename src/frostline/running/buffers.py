@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +145,20 @@ def _stand_ins(module: nn.Module, lent: dict[str, Tensor | None], args: tuple[An
     """What a module gets in place of its buffers: copies; nothing where it would only write to them."""
     if _only_writes(module, args):
         return dict.fromkeys(lent)
-    return {name: None if buffer is None else buffer.clone() for name, buffer in lent.items()}
+    return {name: None if buffer is None else _copy(buffer) for name, buffer in lent.items()}
+
+
+def _copy(buffer: Tensor) -> Tensor:
+    """A copy, made when somebody writes to it: a module may only read the buffer, and that may be large.
+
+    Until then both are in the same memory (copy on write: c10/core/impl/COW.h), and autograd keeps no copy. That cannot
+    be had for memory that torch has not allocated; and a write copies all of a storage: so not for a view of more.
+    """
+    if type(buffer) is Tensor and not torch.compiler.is_compiling():
+        with suppress(NotImplementedError, RuntimeError):
+            if buffer.untyped_storage().nbytes() == buffer.nbytes:
+                return buffer._lazy_clone()
+    return buffer.clone()
 
 
 def _only_writes(module: nn.Module, args: tuple[Any, ...]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from frostline.kernels import Holder, Kept, is_replaced, settle
-from frostline.probing.storages import attributes, living, storages_of
+from frostline.probing.storages import attributes, lazy_addresses, lies_at, living, storages_of
 
 
 class Seen:
@@ -59,7 +59,12 @@ def kept_storages(seen: Seen, nodes: list[Any], roots: Any, model: nn.Module) ->
     saved = _keys([each for node in nodes for each in saved_by(node)])
     candidates = {**seen.found, **seen.made}
     keep = (saved & candidates.keys()) | (seen.made.keys() - elsewhere)
-    kept = {key: storage.nbytes() for key, storage in living(candidates) if key in keep - registered}
+    lent = lazy_addresses(model.buffers())
+    kept = {
+        key: storage.nbytes()
+        for key, storage in living(candidates)
+        if key in keep - registered and not lies_at(storage, lent)
+    }
     for storage in storages_of([each for node in nodes if is_replaced(node) for each in saved_by(node)]):
         if storage._cdata not in registered:
             kept[storage._cdata] = storage.nbytes()  # (bits that our kernels made, unseen)

@@ -247,7 +247,7 @@ def save(rows: Sequence[Row], device: str | None = None) -> None:
     rows = sorted([*rows, *(row for row in before if row.model not in anew)], key=lambda row: order.index(row.model))
     table = markdown(rows)
     where = [f"On {torch.cuda.get_device_name(device)}; {TIMES} x: so large a batch.", ""] if device else []
-    text = ["# Predicted against measured", "", *where, *table, "", *conditions()[:2], ""]
+    text = ["# Predicted against measured", "", *where, *table, "", *conditions(), ""]
     kept.with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
     kept.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     if device is None:

@@ -133,6 +133,10 @@ def costing_bert(num_subsets: int, num_reruns: int, progress: Callable[..., Any]
     ]
 
 
+ABOUT = (
+    "BERT-base: 12 x 768, float32, 8 x 128 tokens, train mode, eager attention, no weights (meta). Random subsets "
+    f"of 1 to all parameters, seed {SEED}. Llama shapes: bfloat16, 1 x 2048 tokens, train mode, no weights."
+)
 LARGE = {"llama_3_8b": ("Llama 3 8B", 8, None), "llama_405b": ("Llama 3.1 405B", 30, 2)}
 
 
@@ -186,19 +190,18 @@ def conditions() -> list[str]:
         f"{processor()}, {os.cpu_count()} cores; OMP_NUM_THREADS {threads}, torch threads {torch.get_num_threads()}; "
         f"{memory or 'memory as the C library keeps it by itself'}; load average before the run {LOAD:.1f} (above 0: "
         "other processes shared the cores).",
-        "BERT-base: 12 x 768, float32, 8 x 128 tokens, train mode, eager attention, no weights (meta). Random subsets "
-        f"of 1 to all parameters, seed {SEED}. Llama shapes: bfloat16, 1 x 2048 tokens, train mode, no weights.",
     ]
 
 
-def markdown(rows: list[Row], command: str) -> str:
-    """The result as it is kept."""
+def markdown(title: str, rows: list[Row], command: str, *about: str) -> str:
+    """A result as it is kept; ``about`` says more of what was measured."""
     lines = [
-        "# Costing",
+        f"# {title}",
         "",
         f"`{command}`",
         "",
         *conditions(),
+        *about,
         "",
         "| what | measured | target |",
         "| --- | --- | --- |",
@@ -219,7 +222,7 @@ def main() -> None:
     rows = costing_bert(40, 8) if options.quick else costing_bert(300, 30)
     for name in ["llama_3_8b"] if options.quick else LARGE:
         rows += costing_large(name)
-    text = markdown(rows, "python -m benchmarks.costing" + " --quick" * options.quick)
+    text = markdown("Costing", rows, "python -m benchmarks.costing" + " --quick" * options.quick, ABOUT)
     print(text)
     if options.save:
         (RESULTS / "costing.md").write_text(text, encoding="utf-8")

@@ -206,7 +206,7 @@ def summary(rows: list[Row]) -> list[str]:
 def markdown(rows: list[Row], command: str) -> str:
     """The result as it is kept."""
     facts = [
-        *conditions()[:2],
+        *conditions(),
         "No weights (meta), train mode. BERT-base 8 x 128 tokens, float32; GPT-2 small 1 x 512, float32; OPT-2.7B "
         "shape 1 x 512 and Llama 3 8B shape 1 x 2048, bfloat16. Importance: a log-normal draw a tensor, seed "
         f"{SEED}. Budgets are shares of the FLOPs of a step that trains everything, its forward and "

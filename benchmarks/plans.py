@@ -92,7 +92,7 @@ def rows_of(network: str, rounds: int | None) -> Iterator[Row]:
 def markdown(rows: Sequence[Row]) -> str:
     """The result as it is kept."""
     lines = [
-        "# Plans, really run", "", "`python -m benchmarks.plans --save`", "", *conditions()[:2],
+        "# Plans, really run", "", "`python -m benchmarks.plans --save`", "", *conditions(),
         "Method train-only. Shares are of the budget.", "",
         f"{sum(row.holds for row in rows)} of {len(rows)} hold.", "",
         "| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD),

@@ -124,7 +124,7 @@ def main() -> None:
     pairs = 10 if options.quick else 30
     command = "python -m benchmarks.watching" + " --quick" * options.quick
     lines = [
-        "# Watching", "", f"`{command}`", "", *conditions()[:2],
+        "# Watching", "", f"`{command}`", "", *conditions(),
         f"Processor time of {pairs} pairs of steps, one watched and one not, after {WARM_UP} inspected ones.", "",
         "| network | a step | watched | overhead (median of the pairs) | ± | target |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -88,17 +88,21 @@ def work_of(op: Call | RanOp) -> Work:
 
 
 class Tally:
-    """Seconds that add up, and numbers of op calls; ``host_...``: of handing them to an accelerator."""
+    """Seconds that add up, and numbers of op calls; ``host_...``: of handing them to an accelerator.
+
+    ``unknown``: op -> why its seconds are not among them.
+    """
 
     __slots__ = (
         "backward_ops", "forward", "forward_ops", "grad_input", "grad_weight", "host_backward", "host_forward",
-        "lean_ops", "recompute", "spread",
+        "lean_ops", "recompute", "spread", "unknown",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.forward = self.grad_input = self.grad_weight = self.recompute = self.spread = 0.0
         self.host_forward = self.host_backward = 0.0
         self.forward_ops = self.backward_ops = self.lean_ops = 0
+        self.unknown: dict[str, str] = {}
 
     def add(self, other: Tally) -> None:
         self.forward += other.forward
@@ -111,6 +115,13 @@ class Tally:
         self.forward_ops += other.forward_ops
         self.backward_ops += other.backward_ops
         self.lean_ops += other.lean_ops
+        self.unknown.update(other.unknown)
+
+    def note(self, op: Any, timing: Timing) -> None:
+        """What every op call adds, whatever it is for."""
+        self.spread += timing.uncertainty
+        if timing.failure:
+            self.unknown[str(op)] = timing.failure
 
     @property
     def backward(self) -> float:
@@ -174,7 +185,8 @@ class Clockwork:
         parts = (forward, total.grad_input + joins, total.grad_weight + adding, total.recompute, optimizing)
         overhead = self._overhead(total, (forward, sum(parts[1:4]), optimizing), optimizer, trained)
         uncertainty = total.spread + MODEL_ERROR * (sum(parts) + overhead)
-        return StepSeconds(*parts, overhead, uncertainty, dict(self.unknown))
+        failed = {f"{optimizer.name}.step": why for p in trained if (why := self._stepping(optimizer, p).failure)}
+        return StepSeconds(*parts, overhead, uncertainty, {**total.unknown, **failed})
 
     def _overhead(
         self, total: Tally, parts: tuple[float, float, float],
@@ -372,7 +384,7 @@ class Clockwork:
         for op in ops:
             timing = self.timing(op)
             tally.forward += timing.seconds
-            tally.spread += timing.uncertainty
+            tally.note(op.target if isinstance(op, Call) else op.op, timing)
             tally.host_forward += timing.host_seconds
             tally.forward_ops += 1
         return tally
@@ -380,7 +392,7 @@ class Clockwork:
     def _backward(self, tally: Tally, ops: Iterable[RanOp]) -> None:
         for op in ops:
             timing = self.timing(op)
-            tally.spread += timing.uncertainty
+            tally.note(op.op, timing)
             tally.host_backward += timing.host_seconds
             tally.backward_ops += 1
             if op.recomputed:

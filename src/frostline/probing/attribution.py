@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from frostline.probing.crashes import refuse_crash
 from frostline.tracing.calls import (
     UNSEEN,
     Side,
@@ -177,6 +178,7 @@ class Recording(TorchDispatchMode):
             raise UndefinedGradientError(
                 f"a gradient that {op} is given is undefined, and fake kernels do not say what comes of it"
             )
+        refuse_crash(op, args)
         watched = self.listening and self.runner is not None and op.namespace not in UNSEEN
         result = self.runner(op, args, kwargs) if watched and self.runner is not None else op(*args, **kwargs)
         if op.namespace in UNSEEN:

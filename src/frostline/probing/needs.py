@@ -163,7 +163,8 @@ class _Trial:
             self._kept = _kept(recording, tensors, outputs)
             if number is not None and change is not None:
                 change(self._kept[number].elements)
-        go_backward(edges, gradients, None)
+        with recording:
+            go_backward(edges, gradients, None)
         return _digest(got)
 
 

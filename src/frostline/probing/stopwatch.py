@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
 
+from frostline.probing.crashes import crash_of
 from frostline.tracing.calls import TensorMeta, tensors_in
 from frostline.tracing.environment import undisturbed
 from frostline.tracing.stand_ins import stand_in
@@ -126,6 +127,9 @@ class Stopwatch:
         left = [a.name for a in work.op._schema.arguments if a.name in _LEFT_BY_FORWARD]
         if left:  # (made up, it would crash the process)
             return failed(f"reads a {left[0]} that only its forward can make")
+        crash = crash_of(work.op, work.args)
+        if crash:
+            return failed(crash)
         with torch.set_grad_enabled(work.grad_enabled), undisturbed():
             try:
                 scratch = self._scratch(work)

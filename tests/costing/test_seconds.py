@@ -198,7 +198,7 @@ def test_memory_from_the_system_is_paid_for_the_largest_blocks_alone() -> None:
     kept = Clockwork(cost._flags[0], clockwork.timings, Overhead(0.0, 0.0))
     flags = cost._flags[1:]
     adamw = optimizer_model("adamw")
-    paid, free = (work.step(*flags, parameters, [], adamw) for work in (clockwork, kept))
+    paid, free = (work.step(*flags, dict(enumerate(parameters)), [], adamw) for work in (clockwork, kept))
     nbytes = 2 * model[0].weight.nbytes
     assert paid.optimizer - free.optimizer == pytest.approx(2 * nbytes, abs=1)
     assert paid.grad_weight - free.grad_weight == pytest.approx(nbytes, abs=1)
@@ -259,7 +259,7 @@ def test_an_accelerator_waits_for_the_host_or_the_host_for_it(device: float, hos
     overhead = Overhead(forward=3.0, backward=0.0, optimizer=7.0)
     clockwork = Clockwork(ledger, Accelerator(device, host), overhead)  # type: ignore[arg-type]
     tally = clockwork.tally(*flags)
-    found = clockwork.step(*flags, trace.parameter_list, [], optimizer_model("adamw"))
+    found = clockwork.step(*flags, dict(enumerate(trace.parameter_list)), [], optimizer_model("adamw"))
     num_parameters = len(trace.parameter_list)
     there = [device * tally.forward_ops, device * tally.backward_ops, device * num_parameters]
     here = [(host + 3) * tally.forward_ops, host * tally.backward_ops, host * num_parameters + 7]

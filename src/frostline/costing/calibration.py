@@ -100,10 +100,9 @@ def _calibrated(
         wanted.update(clockwork.tasks(rows))
     model = optimizer_model(optimizer)
     for clockwork, _ in asked[:1]:
-        for parameter in traced.parameter_list:
+        for number, parameter in enumerate(traced.parameter_list):
             if parameter.is_floating_point():
-                name = f"step {parameter.shape} {parameter.dtype}"
-                wanted[name] = functools.partial(clockwork.stepping, model, parameter)
+                wanted[f"step {number}"] = functools.partial(clockwork.stepping, model, number, parameter)
     for done, take in enumerate(wanted.values()):
         if progress is not None:
             progress(done, len(wanted))

@@ -129,24 +129,34 @@ class OptimizerModel:
             found = self._scratches[meta] = (own, both - own)
         return found
 
-    def step_timing(self, parameter: Tensor, timings: Timings) -> Timing:
+    def step_timing(self, parameter: Tensor, timings: Timings, zeros: float = 0.0) -> Timing:
         """How long a step takes for one parameter: really run, on several of its shape one after the other.
 
         A large one is timed by part of its rows, and taken to take longer by its size.
+
+        Args:
+            zeros: the share of the gradient that is zeros, and always was.
         """
         whole = replace(describe(parameter), device=str(timings.device))
+        found = self._step_timing(whole, timings, _GRADIENT)
+        if zeros < _FEW_ZEROS or found.failure:
+            return found
+        nothing = self._step_timing(whole, timings, 0.0)
+        return replace(found, seconds=found.seconds + zeros * (nothing.seconds - found.seconds))
+
+    def _step_timing(self, whole: TensorMeta, timings: Timings, gradient: float) -> Timing:
         meta = _part(whole)
         plain = isinstance(self._make, type) and self._make.__module__.startswith("torch.")
-        key = f"step of {self.name} {meta!r}" if plain else f"step of {id(self._make)} {meta!r}"
-        found = timings.get_other(key, lambda stopwatch: self._time_step(meta, stopwatch), lasting=plain)
+        key = f"step of {self.name if plain else id(self._make)} {meta!r} by {gradient}"
+        found = timings.get_other(key, lambda stopwatch: self._time_step(meta, gradient, stopwatch), lasting=plain)
         factor = whole.numel / max(meta.numel, 1)
         return replace(found, seconds=found.seconds * factor, spread=found.spread * factor)
 
-    def _time_step(self, meta: TensorMeta, stopwatch: Stopwatch) -> Timing:
+    def _time_step(self, meta: TensorMeta, gradient: float, stopwatch: Stopwatch) -> Timing:
         count = max(1, min(_AT_A_TIME, _STEPPED_BYTES // max(meta.nbytes, 1)))
         parameters = [nn.Parameter(stand_in(meta, real=True)) for _ in range(count)]
         for parameter in parameters:
-            parameter.grad = torch.full_like(parameter.data, 1e-3)
+            parameter.grad = torch.full_like(parameter.data, gradient)
         with torch.enable_grad():
             optimizer = self._make(parameters)
             optimizer.step()
@@ -200,6 +210,8 @@ def _as_if_real() -> AbstractContextManager[Any]:
     return mock.patch.object(torch_optimizer, "_foreach_supported_types", [*known, FakeTensor])
 
 
+_GRADIENT = 1e-3  # every element of it, in a timed step
+_FEW_ZEROS = 0.05  # a share of them that makes no difference
 _AT_A_TIME = 128  # parameters in one timed step
 _STEPPED_BYTES = 32 << 20  # ... and their bytes; with gradients and state more than the caches hold
 _LARGE = 64 << 20  # bytes; from 32 MiB on every temporary is fresh memory, which takes its own time

@@ -65,10 +65,10 @@ def seconds(cost: Cost) -> StepSeconds | None:
         return None
     ledger, forward, backward = cost._flags
     clockwork = trace._coster_for(cost.method).clockwork(ledger)
-    trained, kept = ([trace.parameter_list[n] for n in numbers] for numbers in _with_gradient(cost))
+    trained, kept = ({n: trace.parameter_list[n] for n in numbers} for numbers in _with_gradient(cost))
     optimizer = optimizer_model(cost._optimizer)
     try:
-        found: StepSeconds = clockwork.step(forward, backward, trained, kept, optimizer, cost._sums.held)
+        found: StepSeconds = clockwork.step(forward, backward, trained, kept.values(), optimizer, cost._sums.held)
     except NotTimed:
         return None
     return found

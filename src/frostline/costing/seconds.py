@@ -8,7 +8,7 @@ Python, of dispatch and of autograd's engine (`frostline.costing.overhead`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +27,7 @@ from frostline.probing.timings import NotTimed, Timings, key_of
 from frostline.tracing.calls import Call, Side, TensorMeta, fill, is_view
 from frostline.tracing.graph import Unit
 
+_ASKED_FOR_ZEROS = 1 << 20  # bytes of a parameter, from which on it matters what its gradient holds
 MODEL_ERROR = 0.1  # of a step: nine of ten in benchmarks/results/accuracy.md are off by no more
 
 
@@ -142,6 +143,7 @@ class Clockwork:
         self._base: Tally | None = None
         self._joins: dict[int, float] | None = None
         self._steps: dict[Any, Timing] = {}
+        self._shares: dict[int, float] = {}
 
     def timing(self, op: Call | RanOp) -> Timing:
         """The timing of an op call; what fails is noted in ``unknown``."""
@@ -163,35 +165,33 @@ class Clockwork:
     # -- adding up -----------------------------------------------------------------------------------------------------
 
     def step(
-        self, forward_flags: int, backward_flags: int | None, trained: Sequence[torch.Tensor],
+        self, forward_flags: int, backward_flags: int | None, trained: Mapping[int, torch.Tensor],
         kept: Iterable[torch.Tensor], optimizer: OptimizerModel, held: int = 0,
     ) -> StepSeconds:  # fmt: skip
         """Seconds of one step.
 
         Args:
             forward_flags, backward_flags: see `frostline.costing.engine.Ledger.evaluate`.
-            trained: the parameters the optimizer steps.
+            trained: the parameters the optimizer steps, by number.
             kept: those that get a gradient which nobody clears.
             held: the storages (bits) that autograd keeps.
         """
         total = self.tally(forward_flags, backward_flags)
         joins = self._meeting(forward_flags if backward_flags is None else backward_flags)
-        optimizing = sum(self.stepping(optimizer, parameter) for parameter in trained)
+        steps = [self.stepping(optimizer, number, parameter) for number, parameter in trained.items()]
+        optimizing = sum(step.seconds for step in steps)
         adding = sum(self._addition(_meta(parameter)) for parameter in kept)
-        fresh = self._largest(trained)
+        fresh = self._largest(list(trained.values()))
         optimizing += self.overhead.fresh * sum(p.nbytes * optimizer.num_temporaries(p) for p in fresh)
         adding += self.overhead.fresh * sum(p.nbytes for p in fresh)
         forward = total.forward + self.packing(held)
         parts = (forward, total.grad_input + joins, total.grad_weight + adding, total.recompute, optimizing)
-        overhead = self._overhead(total, (forward, sum(parts[1:4]), optimizing), optimizer, trained)
+        overhead = self._overhead(total, (forward, sum(parts[1:4]), optimizing), steps)
         uncertainty = total.spread + MODEL_ERROR * (sum(parts) + overhead)
-        failed = {f"{optimizer.name}.step": why for p in trained if (why := self._stepping(optimizer, p).failure)}
+        failed = {f"{optimizer.name}.step": step.failure for step in steps if step.failure}
         return StepSeconds(*parts, overhead, uncertainty, {**total.unknown, **failed})
 
-    def _overhead(
-        self, total: Tally, parts: tuple[float, float, float],
-        optimizer: OptimizerModel, trained: Sequence[torch.Tensor],
-    ) -> float:  # fmt: skip
+    def _overhead(self, total: Tally, parts: tuple[float, float, float], steps: Iterable[Timing]) -> float:
         """Seconds of a step beyond its ``parts`` (forward, backward, optimizer).
 
         On the CPU what lies between the ops. An accelerator works off what it is given while the host goes on: it
@@ -200,7 +200,7 @@ class Clockwork:
         forward, backward = self._between(total)
         if not self._waits:
             return forward + backward + self.overhead.optimizer
-        stepping = self.overhead.optimizer + sum(self._stepping(optimizer, p).host_seconds for p in trained)
+        stepping = self.overhead.optimizer + sum(step.host_seconds for step in steps)
         given = (total.host_forward + forward, total.host_backward + backward, stepping)
         return max(sum(given[:part]) + sum(parts[part:]) for part in range(len(parts) + 1)) - sum(parts)
 
@@ -299,9 +299,9 @@ class Clockwork:
         self._meeting(0)
         return dict(self._joins or {})
 
-    def of_parameter(self, parameter: torch.Tensor, optimizer: OptimizerModel) -> float:
+    def of_parameter(self, number: int, parameter: torch.Tensor, optimizer: OptimizerModel) -> float:
         """Seconds of the optimizer's step for a parameter."""
-        return self.stepping(optimizer, parameter)
+        return self.stepping(optimizer, number, parameter).seconds
 
     def of_the_largest(self, parameter: torch.Tensor, optimizer: OptimizerModel) -> float | None:
         """Seconds on top if no larger parameter trains (see `_largest`); None: it never is among the largest."""
@@ -429,18 +429,50 @@ class Clockwork:
                 found[behind[place]] = found.get(behind[place], 0.0) + seconds
         return found
 
-    def stepping(self, optimizer: OptimizerModel, parameter: torch.Tensor) -> float:
-        """Seconds of the optimizer's step for one parameter."""
-        return self._stepping(optimizer, parameter).seconds
-
-    def _stepping(self, optimizer: OptimizerModel, parameter: torch.Tensor) -> Timing:
-        key = (optimizer, parameter.shape, parameter.dtype)
+    def stepping(self, optimizer: OptimizerModel, number: int, parameter: torch.Tensor) -> Timing:
+        """The optimizer's step for parameter ``number``."""
+        zeros = self._zeros(number, parameter)
+        key = (optimizer, parameter.shape, parameter.dtype, zeros)
         found = self._steps.get(key)
         if found is None:
-            found = self._steps[key] = optimizer.step_timing(parameter, self.timings)
+            found = self._steps[key] = optimizer.step_timing(parameter, self.timings, zeros=zeros)
             if found.failure:
                 self.unknown[f"{optimizer.name}.step"] = found.failure
         return found
+
+    def _zeros(self, number: int, parameter: torch.Tensor) -> float:
+        """How much of a parameter's gradient is zeros, as of an embedding the rows that no index of a batch names.
+
+        Some kernels take several times longer over zeros (MKL's square root, on some processors). Assumes: later
+        batches name the same rows. Small parameters are not asked.
+        """
+        if parameter.nbytes < _ASKED_FOR_ZEROS or isinstance(self.ledger, Rerun):
+            return 0.0
+        found = self._shares.get(number)
+        if found is None:
+            left = [self._zeros_left(unit, index) for unit, index in self._uses.get(number, ())]
+            found = self._shares[number] = min(left, default=0.0)
+        return found
+
+    @functools.cached_property
+    def _uses(self) -> dict[int, list[tuple[Unit, int]]]:
+        """Per parameter: the units that take it, as which input."""
+        found: dict[int, list[tuple[Unit, int]]] = {}
+        for unit in self.ledger.units:
+            for index, (slot, bits) in enumerate(zip(unit.inputs, unit.behind, strict=True)):
+                if unit.held and slot.is_leaf and bits:
+                    found.setdefault(bits.bit_length() - 1, []).append((unit, index))
+        return found
+
+    def _zeros_left(self, unit: Unit, index: int) -> float:
+        """The share of zeros in the gradient towards one input that a unit's backward leaves."""
+        meta = unit.inputs[index].meta
+        for op in reversed(self.probe(unit, frozenset({index}), None).backward):
+            if op.recomputed or not any(out is not None and out.numel == meta.numel for out in op.outputs):
+                continue
+            computes = backward_flops(op)
+            return 0.0 if computes and any(computes) else self.timing(op).zeros
+        return 0.0
 
     def _addition(self, meta: TensorMeta) -> float:
         if meta.layout is not torch.strided:

@@ -26,10 +26,9 @@ def batch_norm(
     training: bool,
     *_how: Any,
 ) -> Any:
-    frozen = not any(t is not None and t.requires_grad for t in (weight, bias))
-    unread = []
-    if not (weight is not None and weight.requires_grad) and not (training and input.requires_grad):
-        unread.append(input)
-    if training and frozen and mean is not None and var is not None:
+    scale_trains = weight is not None and weight.requires_grad
+    unread = [] if scale_trains or (training and input.requires_grad) else [input]
+    shift_trains = bias is not None and bias.requires_grad
+    if training and mean is not None and var is not None and not scale_trains and not shift_trains:
         unread += [mean, var]
     return LeaveOut(*unread) if unread else NotImplemented

@@ -168,7 +168,7 @@ class Tabulator:
         steps = [0.0] * len(parameters)
         largest = []
         for number in numbers_in(open_):
-            steps[number] = clockwork.of_parameter(parameters[number], self.keeps)
+            steps[number] = clockwork.of_parameter(number, parameters[number], self.keeps)
             more = clockwork.of_the_largest(parameters[number], self.keeps)
             if more:
                 largest.append((parameters[number].nbytes, number, more))

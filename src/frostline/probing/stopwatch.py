@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ MOST_SAMPLES = 25
 _BETWEEN_BYTES = 28 << 20  # that a step's other ops touch until the same scratch memory is used again
 COOLED_SAMPLES = 9  # reading that much takes longer than most calls
 _LEFT_BY_FORWARD = ("workspace", "reserve")  # arguments that a kernel trusts to be what its forward left for it
+_SAMPLED = 4093  # elements of a result
 _SHORT = 2e-4  # seconds; calls shorter than this are timed several at a time
 _TOGETHER = 5e-4  # seconds: as many calls are handed to an accelerator at a time
 _MOST_AT_A_TIME = 32
@@ -78,6 +79,7 @@ class Timing:
         scratch_bytes: the most that the kernel held at a time, its results apart.
         failure: why it could not be run; '' if it was.
         host_seconds: what it takes to hand the call to an accelerator, which ``seconds`` are of; on the CPU 0.
+        zeros: the share of its result that it fills up with zeros, having been given fewer elements; at least.
     """
 
     seconds: float
@@ -86,6 +88,7 @@ class Timing:
     num_samples: int = 1
     failure: str = ""
     host_seconds: float = 0.0
+    zeros: float = 0.0
 
     @property
     def uncertainty(self) -> float:
@@ -132,12 +135,12 @@ class Stopwatch:
             return failed(crash)
         with torch.set_grad_enabled(work.grad_enabled), undisturbed():
             try:
-                scratch = self._scratch(work)
+                scratch, zeros = self._scratch(work)
                 rotation = _Rotation(work, rotated_bytes(self.device))
                 samples, host = self._samples(rotation, rotation.cool)
             except Exception as error:  # made-up values that a kernel refuses; no memory
                 return failed(reason(error))
-        return _summary(samples, host, scratch)
+        return replace(_summary(samples, host, scratch), zeros=zeros)
 
     def time_call(self, call: Callable[[], Any], parts: int) -> Timing:
         """Time a call that does the same ``parts`` times: of one of them."""
@@ -202,10 +205,11 @@ class Stopwatch:
         torch.cuda.synchronize(self.device)
         return float(begin.elapsed_time(end)) / 1000 / times, host / times
 
-    def _scratch(self, work: Work) -> int:
-        """Bytes the kernel held at most, beyond what it returned."""
+    def _scratch(self, work: Work) -> tuple[int, float]:
+        """Bytes the kernel held at most, beyond what it returned; and the share of its result that is filled up."""
         args, kwargs = _Inputs(work, rotated_bytes(self.device)).take(work)
-        return self.with_scratch(lambda: work.op(*args, **kwargs))[1]
+        result, scratch = self.with_scratch(lambda: work.op(*args, **kwargs))
+        return scratch, _filled_up(result, sum(meta.numel for meta in work.metas if meta.dtype.is_floating_point))
 
     def with_scratch(self, call: Callable[[], Any]) -> tuple[Any, int]:
         """What ``call`` returns, and the bytes it held at most beyond that."""
@@ -270,6 +274,19 @@ def _settled(samples: list[float]) -> bool:
     """Whether three agree with the median: some calls may be those that take their memory from the system."""
     middle = statistics.median(samples or [0.0])
     return sum(abs(sample - middle) <= _AGREE * middle for sample in samples) >= 3
+
+
+def _filled_up(result: Any, given: int) -> float:
+    """The share of a result that its kernel filled up with zeros, having been given ``given`` numbers to put there.
+
+    By a sample. At least so much: indices may name one place twice, and those made up name few.
+    """
+    dense = isinstance(result, Tensor) and result.layout is torch.strided and result.is_contiguous()
+    if not dense or result.numel() <= given:
+        return 0.0
+    share = 1 - given / result.numel()
+    spread = result.as_strided((min(result.numel(), _SAMPLED),), (max(1, result.numel() // _SAMPLED),))
+    return share if int((spread == 0).sum()) > share * len(spread) / 2 else 0.0
 
 
 def _summary(samples: list[float], host: list[float], scratch: int) -> Timing:

@@ -152,3 +152,17 @@ def test_a_backward_is_never_given_a_made_up_workspace() -> None:
         "aten.mkldnn_rnn_layer_backward.default": "reads a workspace that only its forward can make"
     }
     assert trace.cost("@all").step_seconds is not None
+
+
+def test_a_replay_that_fails_leaves_torchs_ops_to_be_timed_alone() -> None:
+    """What they share with it, such as ``detach``, is in other rows as well."""
+
+    def fails(_runner: Any) -> None:
+        raise RuntimeError("one of them")
+
+    own = Work(torch.ops.prims.mul.default, (A, A), {})  # (as little torch's as a user's)
+    taken = Timings(CPU)
+    taken.take_replays([WORK, own], fails)
+    assert taken.get(WORK).seconds > 0
+    assert not taken.get(WORK).failure
+    assert taken.get(own).failure == "RuntimeError: one of them"

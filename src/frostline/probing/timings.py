@@ -141,7 +141,10 @@ class Timings:
         return replace(timing, seconds=timing.seconds * factor, spread=timing.spread * factor)
 
     def take_replays(self, works: Sequence[Work], replay: Callable[[Runner], Any]) -> None:
-        """Take the time of ops that only run one after the other, as a replay does: those of ``works``, in order."""
+        """Take the time of ops that only run one after the other, as a replay does: those of ``works``, in order.
+
+        Where it fails torch's own ops are left to be timed one by one, so that only what is to blame has no time.
+        """
         self._may_take()
         before = self.reference.look()
         try:
@@ -152,7 +155,9 @@ class Timings:
             found = [failed(reason(error))] * len(works)
         after = (before + self.reference.look()) / 2
         for work, timing in zip(works, found, strict=True):
-            self._keep(key_of(work), timing, after, lasting=work.op.namespace == "aten")
+            own = work.op.namespace == "aten"
+            if not (own and timing.failure):
+                self._keep(key_of(work), timing, after, lasting=own)
 
     def _may_take(self) -> None:
         if not self.takes:

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import frostline as fl
-from benchmarks.costing import Row, markdown, timed
+from benchmarks.costing import Row, markdown, most_resident, timed
 from benchmarks.models import bert_base, minilm
 from examples.llama import llama_3_8b
 from frostline.subsets import resolve
@@ -85,8 +84,7 @@ def too_large() -> dict[str, float]:
     found = calibrated(trace)
     whole = trace.cost("*")
     assert whole.step_seconds is not None
-    unit = 1024 if sys.platform != "darwin" else 1  # ru_maxrss is in KiB, on macOS in bytes
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    held = most_resident()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     return {**found, "held": held / 2**30, "weights": weights / 2**30, "step": whole.step_seconds,
             "peak": whole.peak_bytes / 2**30}  # fmt: skip

@@ -148,9 +148,13 @@ def large_here(name: str) -> dict[str, float]:
     trace, tracing = timed(lambda: fl.trace(model, inputs))
     _, costing = timed(lambda: trace.cost("@last:4"))
     _, second = timed(lambda: trace.cost("@last:8"))
+    return {"build": build, "trace": tracing, "first": costing, "second": second, "peak_bytes": most_resident()}
+
+
+def most_resident() -> int:
+    """The most bytes of memory that this process ever held."""
     unit = 1024 if sys.platform != "darwin" else 1  # ru_maxrss is in KiB, on macOS in bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"build": build, "trace": tracing, "first": costing, "second": second, "peak_bytes": peak}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def costing_large(name: str) -> list[Row]:

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor
 
 from frostline.tracing.calls import TensorMeta, tensors_in
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class CrashError(RuntimeError):
@@ -45,9 +44,9 @@ def _group_norm(args: Sequence[Any]) -> str:
 
 
 def _is_channels_last(x: Tensor | TensorMeta) -> bool:
+    """As the kernel asks: by strides, contiguous or not."""
     stride = x.stride() if isinstance(x, Tensor) else x.stride
-    like = torch.empty_strided(x.shape, stride, device="meta")
-    return len(x.shape) in _CHANNELS_LAST and like.is_contiguous(memory_format=_CHANNELS_LAST[len(x.shape)])
+    return suggest_memory_format(torch.empty_strided(x.shape, stride, device="meta")) is not torch.contiguous_format
 
 
 _CRASHES: dict[Any, Callable[[Sequence[Any]], str]] = {

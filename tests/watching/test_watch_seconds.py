@@ -9,8 +9,10 @@ from tests.watching.faults import FAULTS
 from tests.watching.look_alikes import HEAD
 from tests.watching.watching import only, watched, write
 
+from frostline.probing.page_faults import seconds_per_fault
 from frostline.probing.stopwatch import Stopwatch
-from frostline.watching.finding import Finding
+from frostline.reports.units import seconds_text
+from frostline.watching.finding import Figures, Finding
 from frostline.watching.script import Script
 from frostline.watching.watch import Watch
 
@@ -62,6 +64,28 @@ def test_what_was_timed_before_gives_seconds_and_nothing_is_timed_again(
     assert again_fixed is not None
     assert 0 < again_fixed < again
     assert " predicted" in str(seen)
+    assert " ± " in str(seen)
+
+
+def test_the_error_is_the_costs_own_and_less_where_less_is_left(path: Path) -> None:
+    seen = timed(path)
+    assert seen.now is not None
+    assert seen.now.seconds is not None
+    now, stated = Figures.of(seen.now), seen.now.seconds.uncertainty
+    assert now.seconds_error == stated > 0
+    assert now.step_seconds is not None
+    left = now.skipping(0, now.step_seconds / 4)
+    assert left.seconds_error == pytest.approx(stated * 3 / 4, rel=1e-12)
+
+
+def test_page_faults_are_said_beside_what_is_predicted(path: Path) -> None:
+    seen = timed(path)
+    seen.record.pace.steps, seen.record.pace.page_faults = 10, 0
+    assert "page faults" not in str(seen)
+    seen.record.pace.page_faults = 1_000_000
+    words = " ".join(str(seen).split())
+    assert f"page faults took about {seconds_text(100_000 * seconds_per_fault())} of each step" in words
+    assert seen.to_dict()["page_fault_seconds"] == 100_000 * seconds_per_fault()
 
 
 def test_seconds_of_what_is_kept_are_those_of_its_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from frostline.watching.values import ValueFact
 from frostline.watching.watch import Watch
 
 _STYLES = {Level.WRONG: "bold red", Level.WASTE: "bold yellow", Level.INFO: "bold"}
+FAULTS_SAID = 0.02
+"""Of a step's predicted time: what page faults take is worth a word from here on."""
 
 
 def watch_text(watch: Watch, width: int = WIDTH) -> str:
@@ -39,7 +41,7 @@ def watch_lines(watch: Watch, width: int = WIDTH) -> Iterator[Line]:
         yield Line("")
     if watch.first_nonfinite is not None:
         yield from bullet(_nonfinite(watch.first_nonfinite), width, "bold red")
-    for text in _step(watch):
+    for text in (*_step(watch), *_faults(watch)):
         yield from bullet(text, width)
     for note in watch.notes:
         yield from bullet(f"{note}.", width, "dim")
@@ -100,7 +102,14 @@ def _figure_words(figures: Figures) -> str:
         f"{flops_text(figures.step_flops)}, backward {flops_text(figures.backward_flops)}, saved "
         f"{bytes_text(figures.saved_bytes)}, gradients {bytes_text(figures.gradient_bytes)}"
     )
-    return words if figures.step_seconds is None else f"{words}, {seconds_text(figures.step_seconds)} predicted"
+    return f"{words}{_predicted(figures)}"
+
+
+def _predicted(figures: Figures) -> str:
+    if figures.step_seconds is None:
+        return ""
+    error = "" if figures.seconds_error is None else f" ± {seconds_text(figures.seconds_error)}"
+    return f", {seconds_text(figures.step_seconds)}{error} predicted"
 
 
 def _who_trains(watch: Watch) -> Table:
@@ -173,7 +182,17 @@ def _step(watch: Watch) -> Iterator[str]:
 
 def _step_words(figures: Figures, of_it: str = "") -> str:
     words = f"{flops_text(figures.step_flops)}{f' ({of_it})' if of_it else ''}, saved {bytes_text(figures.saved_bytes)}"
-    return words if figures.step_seconds is None else f"{words}, {seconds_text(figures.step_seconds)} predicted"
+    return f"{words}{_predicted(figures)}"
+
+
+def _faults(watch: Watch) -> Iterator[str]:
+    """What no prediction has, where there is one."""
+    now, taken = watch.now, watch.record.pace.fault_seconds
+    if now is not None and now.seconds is not None and taken >= FAULTS_SAID * now.seconds.total:
+        yield (
+            f"besides, page faults took about {seconds_text(taken)} of each step: memory that one step gives back and "
+            "the next takes anew. No prediction has them, and a fix may save some."
+        )
 
 
 def watch_to_dict(watch: Watch) -> dict[str, Any]:
@@ -199,6 +218,7 @@ def watch_to_dict(watch: Watch) -> dict[str, Any]:
         "who_trains": watch.who_trains(),
         "now": None if watch.now is None else asdict(Figures.of(watch.now)),
         "fixed": None if watch.fixed is None else asdict(watch.fixed),
+        "page_fault_seconds": watch.record.pace.fault_seconds,
         "values": [row.to_dict() for row in watch.values],
         "first_nonfinite": None if watch.first_nonfinite is None else watch.first_nonfinite.to_dict(),
         "notes": watch.notes,

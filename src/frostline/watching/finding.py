@@ -19,7 +19,11 @@ class Level(StrEnum):
 
 @dataclass(frozen=True)
 class Figures:
-    """What one step costs; ``step_seconds`` is None where nothing was timed."""
+    """What one step costs; ``step_seconds`` is None where nothing was timed.
+
+    ``seconds_error``: how far from it a step may lie, nine times of ten; memory that the system takes back and gives
+    anew (`frostline.watching.record.PaceFact`) comes on top.
+    """
 
     forward_flops: int
     backward_flops: int
@@ -27,6 +31,7 @@ class Figures:
     saved_bytes: int
     gradient_bytes: int
     step_seconds: float | None
+    seconds_error: float | None
 
     @classmethod
     def of(cls, cost: Cost) -> Figures:
@@ -37,16 +42,16 @@ class Figures:
             cost.saved_bytes,
             cost.gradient_bytes,
             cost.step_seconds,
+            None if cost.seconds is None else cost.seconds.uncertainty,
         )
 
     def skipping(self, flops: int, seconds: float) -> Figures:
         """These, without a part of the forward."""
-        return replace(
-            self,
-            forward_flops=self.forward_flops - flops,
-            step_flops=self.step_flops - flops,
-            step_seconds=None if self.step_seconds is None else self.step_seconds - seconds,
-        )
+        flopless = replace(self, forward_flops=self.forward_flops - flops, step_flops=self.step_flops - flops)
+        if not self.step_seconds or self.seconds_error is None:
+            return flopless
+        left = self.step_seconds - seconds
+        return replace(flopless, step_seconds=left, seconds_error=self.seconds_error * left / self.step_seconds)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from frostline.probing.page_faults import seconds_per_fault
 from frostline.watching.places import Place
 from frostline.watching.tape import Replay
 
@@ -251,6 +252,11 @@ class PaceFact:
         self.steps += 1
         self.seconds += seconds
         self.page_faults += page_faults
+
+    @property
+    def fault_seconds(self) -> float:
+        """About what a step's page faults take; 0 where no step was seen, or the system does not say."""
+        return self.page_faults / max(self.steps, 1) * seconds_per_fault()
 
 
 @dataclass(eq=False)

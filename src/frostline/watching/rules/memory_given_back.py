@@ -28,7 +28,7 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
     if pace.steps < STEPS or platform.libc_ver()[0] != "glibc" or allocator_settings():
         return
     faults = pace.page_faults / pace.steps
-    seconds = faults * seconds_per_fault()
+    seconds = pace.fault_seconds
     if faults * mmap.PAGESIZE >= BYTES and seconds >= WORTH * pace.seconds / pace.steps:
         yield _finding(faults, seconds, pace.seconds / pace.steps)
 

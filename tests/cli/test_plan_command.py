@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,22 +115,25 @@ def test_a_budget_of_seconds_times_the_ops_first(frost: Any) -> None:
 
 
 def test_what_libraries_print_themselves_goes_to_stderr(tmp_path: Path) -> None:
-    """HiGHS prints lines of its own at times, which no report for programs may hold."""
+    """HiGHS prints lines of its own at times, which no report for programs may hold; C holds them back in a pipe."""
     script = (
-        "import os, frostline.planning.program as p, frostline.cli as c\n"
+        "import ctypes, os, frostline.planning.program as p, frostline.cli as c\n"
         "real = p.milp\n"
         "def noisy(*a, **k):\n"
         "    os.write(1, b'a line of a library\\n')\n"
+        "    ctypes.CDLL('ucrtbase' if os.name == 'nt' else None).printf(b'a line of C\\n')\n"
         "    return real(*a, **k)\n"
         "p.milp = noisy\n"
         "c.main()\n"
     )
     arguments = [f"{FILE}:mlp", *SIZE, "--budget", "step_flops=80%", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(
-        [sys.executable, "-c", script, "plan", *arguments], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, "plan", *arguments], capture_output=True, text=True, check=True, env=environment
     )
     valid(done.stdout)
     assert "a line of a library" in done.stderr
+    assert "a line of C" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -51,12 +52,18 @@ def progress(what: str) -> Iterator[Any]:
 @contextmanager
 def clean_stdout() -> Iterator[None]:
     """What C libraries print goes to stderr: HiGHS has lines of its own at times, and a program may read the report."""
-    sys.stdout.flush()
+    _flush()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
-        sys.stdout.flush()
+        _flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def _flush() -> None:
+    """Write out what Python and the C library hold back: a pipe or a file gets it when the process ends."""
+    sys.stdout.flush()
+    ctypes.CDLL("ucrtbase" if os.name == "nt" else None).fflush(None)

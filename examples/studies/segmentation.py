@@ -36,6 +36,7 @@ class Segmentation(Task):
     title = "Segmentation: fluorescence to stained tissue"
     metric = "Dice"
     higher = "Dice on held-out tissue"
+    batch_size = BATCH
     last = {  # noqa: RUF012
         "last 1": ["ups.3", "head"],
         "last 2": ["ups.2", "ups.3", "head"],

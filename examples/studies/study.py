@@ -56,7 +56,7 @@ class Study:
         """What decides the outcome of a run besides row, rate and seed."""
         threads = torch.get_num_threads()
         parts = (
-            f"{self.task.num_examples} examples",
+            f"{self.task.num_examples} examples in batches of {self.task.batch_size}",
             f"{self.task.settings.epochs} epochs",
             f"{threads} thread{'s' * (threads > 1)}",
         )

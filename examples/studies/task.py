@@ -43,6 +43,7 @@ class Task(ABC):
     metric: ClassVar[str]  # of `scores`: what rows are compared by
     higher: ClassVar[str]  # what it is called on a plot
     last: ClassVar[dict[str, str | list[str]]]  # the rows that train the last k blocks, by label
+    batch_size: ClassVar[int]  # of training
     shares: tuple[int, ...] = (50, 35)  # percent of a full step's predicted seconds that plans may take
     settings: Settings
     short: bool  # a few examples and steps, for the tests: its figures mean nothing

@@ -11,6 +11,7 @@ from tests.watching.watching import only, watched, write
 
 from frostline.probing.page_faults import seconds_per_fault
 from frostline.probing.stopwatch import Stopwatch
+from frostline.probing.timings import Reference
 from frostline.reports.units import seconds_text
 from frostline.watching.finding import Figures, Finding
 from frostline.watching.script import Script
@@ -76,6 +77,29 @@ def test_the_error_is_the_costs_own_and_less_where_less_is_left(path: Path) -> N
     assert now.step_seconds is not None
     left = now.skipping(0, now.step_seconds / 4)
     assert left.seconds_error == pytest.approx(stated * 3 / 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["timed", "recalled"])
+def test_steps_that_are_compared_are_of_a_machine_as_fast(
+    taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This rule traces the step again, with the head untied: each trace once had a look of its own at the machine."""
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path, HEAD + FAULTS["a head alone, tied to the embedding"].source)
+    if not taken:
+        assert timed(path).findings
+    asked: list[Reference] = []
+    typical = Reference.typical
+
+    def noted(self: Reference) -> float:
+        asked.append(self)
+        return typical(self)
+
+    monkeypatch.setattr(Reference, "typical", noted)
+    now, fixed = seconds(only(timed(path) if taken else watched(path)[0], "tied-surprise"))
+    assert now is not None
+    assert fixed is not None
+    assert len(set(map(id, asked))) == 1
 
 
 def test_page_faults_are_said_beside_what_is_predicted(path: Path) -> None:

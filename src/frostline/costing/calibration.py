@@ -63,21 +63,24 @@ def calibrate(
     optimizer: Any,
     progress: Progress | None,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    like: Calibration | None = None,
 ) -> Calibration:
     """See `frostline.tracing.trace.Trace.calibrate`."""
     if traced.device.type not in ("cpu", "cuda"):
         raise FrostlineError(f"no clock for device {str(traced.device)!r}; there is cpu and cuda")
-    return _calibrated(Timings(traced.device, clock), traced, costs, optimizer, progress, clock)
+    timings = Timings(traced.device, clock) if like is None else like.timings
+    return _calibrated(timings, traced, costs, optimizer, progress, clock)
 
 
-def recall(traced: Trace, costs: list[Cost], optimizer: Any) -> bool:
+def recall(traced: Trace, costs: list[Cost], optimizer: Any, like: Calibration | None = None) -> bool:
     """Calibrate by the timings on disk alone, and say whether they tell all of these costs; if not, nothing is done.
 
     What they do not tell of other costs stays unknown.
     """
     if not any_stored(traced.device):
         return False
-    timings = Timings(traced.device, takes=False)
+    timings = Timings(traced.device, takes=False) if like is None else like.timings
     try:
         traced._coster.settle(_calibrated(timings, traced, costs, optimizer, None, time.perf_counter))
     except NotTimed:

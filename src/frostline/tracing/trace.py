@@ -330,7 +330,12 @@ class Trace:
         return cost(self, train, method, optimizer)
 
     def calibrate(
-        self, costs: Iterable[Cost] | None = None, optimizer: Any = "adamw", progress: Progress | None = None
+        self,
+        costs: Iterable[Cost] | None = None,
+        optimizer: Any = "adamw",
+        progress: Progress | None = None,
+        *,
+        like: Calibration | None = None,
     ) -> Calibration:
         """Time every op that a subset may need, one at a time, on this machine; afterwards costs know their seconds.
 
@@ -339,12 +344,13 @@ class Trace:
                 found missing later is timed when it is asked for.
             optimizer: whose steps to time.
             progress: called with how many op calls are done, and of how many.
+            like: of another trace on this device, to compare with it: both then say what a machine as fast takes.
 
         Timings are kept on disk, at once, so that what is interrupted goes on where it stopped.
         """
         from frostline.costing.calibration import calibrate
 
-        found = calibrate(self, None if costs is None else list(costs), optimizer, progress)
+        found = calibrate(self, None if costs is None else list(costs), optimizer, progress, like=like)
         self._coster.settle(found)
         if "_lean" in self.__dict__:
             self._lean._coster.settle(found)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from frostline.costing.calibration import recall
+from frostline.costing.calibration import Calibration, recall
 from frostline.costing.cost import Cost
 from frostline.costing.entry import bits_of, forward_entry
 from frostline.costing.optimizers import optimizer_model
@@ -97,6 +97,7 @@ class Steps:
         self.time = time
         self.notes: list[str] = []
         self._traced: dict[int, TracedPass | None] = {}
+        self._calibrations: dict[str, Calibration] = {}
 
     def pass_of(self, numbers: Iterable[int]) -> TracedPass | None:
         """A recorded pass that led to one of these parameters: one of the second step if there is."""
@@ -144,10 +145,14 @@ class Steps:
         return result
 
     def _calibrate(self, traced: TracedPass, cost: Cost) -> None:
+        device = str(traced.trace.device)
+        like = self._calibrations.get(device)  # (steps are compared: one machine, as fast for all of them)
         if self.time:
-            traced.trace.calibrate([cost], traced.optimizer)
+            traced.trace.calibrate([cost], traced.optimizer, like=like)
         else:
-            recall(traced.trace, [cost], traced.optimizer)
+            recall(traced.trace, [cost], traced.optimizer, like)
+        if traced.trace.calibration is not None:
+            self._calibrations[device] = traced.trace.calibration
 
     def _optimizer(self) -> Any:
         """The class of the script's optimizer (the first that stepped), if it is torch's and steps any parameter."""

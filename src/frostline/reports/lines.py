@@ -48,7 +48,11 @@ def bullet(text: str, width: int, style: str = "") -> Iterator[Line]:
 
 
 def wrapped(text: str, width: int, indent: str) -> list[str]:
-    """Lines of at most ``width``; a number stays with its unit."""
-    kept = re.sub(r"(?<=\d) (?=(%|x|[KMGTP]?i?B|[kMGTPE]?FLOPs?)\b|%)", "\u00a0", text)
+    """Lines of at most ``width``; a number stays with its unit.
+
+    >>> wrapped("it takes 12 ms", 12, ""), wrapped("it takes 12 steps", 12, "")
+    (['it takes', '12 ms'], ['it takes 12', 'steps'])
+    """
+    kept = re.sub(r"(?<=\d) (?=(%|x|[KMGTP]?i?B|[kMGTPE]?FLOPs?|[mu]?s)\b|%)", "\u00a0", text)
     lines = textwrap.wrap(kept, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return [line.replace("\u00a0", " ") for line in lines]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bits import NoBitsError, above, between, let_through, not_up_to, pack_bits, packed_nbytes, unpack_bits
+from .bits import NoBitsError, above, between, let_through, not_up_to, pack_bits, unpack_bits
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
@@ -59,14 +59,15 @@ class Gated(Kernel):
                 with aside(input):
                     bits = gate.bits(input)
                 kept = input.clone() if bits is None else input
-            result = op(input, *how)
-        if bits is not None:
-            holder.hold_packed(bits)
-        else:
-            holder.hold(result if gate.keeps == "result" else kept, packed_nbytes(input.numel()))
+            result = op._op(input, *how)
+        with aside(input):
+            if bits is not None:
+                holder.hold_packed(bits)
+            else:
+                holder.hold(result if gate.keeps == "result" else kept)
+            tie = anchor(input.dtype)
         if result is input:
             ctx.mark_dirty(input)
-        tie = anchor(input)
         ctx.save_for_backward(tie, *(weight for weight in how if isinstance(weight, Tensor)))
         return result, tie
 

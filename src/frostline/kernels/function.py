@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .unseen import aside
+
+_is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
 class Kernel(torch.autograd.Function):
@@ -17,10 +21,11 @@ class Kernel(torch.autograd.Function):
     results: an empty tensor, saved, that ties what backward uses to this node again (see `tied`).
     """
 
-    @classmethod
-    def run(cls, *args: Any) -> Any:
-        """``apply``, unseen by whoever watches the user's own Functions."""
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+    run: ClassVar[Callable[..., Any]]
+    """``apply``, unseen by whoever watches the user's own Functions."""
+
+    def __init_subclass__(cls) -> None:
+        cls.run = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
 
 
 class below_autograd:  # noqa: N801
@@ -29,19 +34,19 @@ class below_autograd:  # noqa: N801
     __slots__ = ("_grad_mode", "_guard")
 
     def __enter__(self) -> None:
-        self._grad_mode = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(True)
-        self._guard = torch._C._AutoDispatchBelowAutograd()
+        self._grad_mode = _is_grad_enabled()
+        _set_grad_enabled(True)
+        self._guard = _BelowAutograd()
         self._guard.__enter__()
 
     def __exit__(self, *exc: Any) -> None:
         self._guard.__exit__(*exc)
-        torch._C._set_grad_enabled(self._grad_mode)
+        _set_grad_enabled(self._grad_mode)
 
 
-def anchor(beside: Tensor) -> Tensor:
-    with aside(beside):
-        return torch.empty(0, dtype=beside.dtype)
+def anchor(dtype: torch.dtype) -> Tensor:
+    """A new one. To be made `aside`."""
+    return torch.empty(0, dtype=dtype)
 
 
 class _Tied(Kernel):

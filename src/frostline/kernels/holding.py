@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,28 +24,21 @@ from .unseen import aside
 
 _SHORT = 16  # as many of those whose tensor died while something else had its storage are looked at again
 
-_waiting: deque[weakref.ref[Holder]] = deque(maxlen=_SHORT)
-_live: weakref.WeakSet[Holder] = weakref.WeakSet()
-_num_aliases: Counter[int] = Counter()  # storage -> aliases that holders have of it
+waiting: deque[weakref.ref[Holder]] = deque(maxlen=_SHORT)
+"""Those for which `look_again` is to be called."""
+_live: dict[int, weakref.ref[Holder]] = {}  # by id
+_num_aliases: dict[int, int] = {}  # storage -> aliases that holders have of it
+
+# (Asked at every op: see `lean`.)
+_is_grad_enabled = torch.is_grad_enabled
+_graph_task, _keeps_graph = torch._C._current_graph_task_id, torch._C._autograd._get_current_graph_task_keep_graph
+_use_count = torch._C._storage_Use_Count
 
 
-class _Watch(weakref.ref[Tensor]):
-    """Tells a holder that a tensor has died; autograd's views of it and nodes that saved it keep it alive."""
-
-    __slots__ = ("holder",)
-
-    def __init__(self, tensor: Tensor, _callback: Callable[[Any], None], holder: Holder) -> None:
-        super().__init__(tensor, _callback)  # type: ignore[call-arg]
-        self.holder = weakref.ref(holder)
-
-    def __new__(cls, tensor: Tensor, callback: Callable[[Any], None], holder: Holder) -> _Watch:
-        return super().__new__(cls, tensor, callback)
-
-
-def _died(watch: Any) -> None:
-    holder = None if sys.is_finalizing() else watch.holder()  # (torch is half gone then)
+def _died(reference: weakref.ref[Holder], _watch: Any) -> None:
+    holder = None if sys.is_finalizing() else reference()  # (torch is half gone then)
     if holder is not None and not holder.pack_if_alone(num_dying=1):
-        _waiting.append(watch.holder)  # (a view may be dying, whose base it was, or something else keeps it)
+        waiting.append(reference)  # (a view may be dying, whose base it was, or something else keeps it)
 
 
 class Holder:
@@ -58,11 +52,16 @@ class Holder:
 
     Attributes:
         storage_key: tells which storage it holds, or held until it was packed (``storage_key`` of `probing`).
-        storage_nbytes: of that storage.
-        packed_nbytes: what it takes when nobody else keeps that storage.
         kept: the tensor itself, or what it was packed to; None before the forward and after the backward.
         is_packed: whether ``kept`` is what it was packed to.
     """
+
+    # (Of the class until they change: one is made at every op.)
+    kept: Tensor | None = None
+    is_packed = False
+    storage_key = 0
+    _version = 0
+    _watch: weakref.ref[Tensor] | None = None
 
     def __init__(
         self,
@@ -75,35 +74,28 @@ class Holder:
         self._pack = pack
         self._unpack = unpack
         self._name = name
-        self._version = 0
-        self._watch: _Watch | None = None
-        self.kept: Tensor | None = None
-        self.is_packed = False
-        self.storage_key = 0
-        self.storage_nbytes = 0
-        self.packed_nbytes = 0
 
-    def hold(self, tensor: Tensor, packed_nbytes: int) -> None:
-        """Begin to hold ``tensor`` with the values that it has now."""
-        with aside(tensor):
-            self.kept = tensor.detach()
-        storage = self.kept.untyped_storage()
-        self.storage_key, self.storage_nbytes = storage._cdata, storage.nbytes()
-        self.packed_nbytes = packed_nbytes
-        self._version = self.kept._version
-        _num_aliases[self.storage_key] += 1
-        _live.add(self)
+    def hold(self, tensor: Tensor) -> None:
+        """Begin to hold ``tensor`` with the values that it has now. To be called `aside`."""
+        kept = self.kept = tensor.detach()
+        key = self.storage_key = kept.untyped_storage()._cdata
+        self._version = kept._version
+        _num_aliases[key] = _num_aliases.get(key, 0) + 1
+        _live[id(self)] = weakref.ref(self)
 
     def hold_packed(self, packed: Tensor) -> None:
         """Begin to hold what was packed already, where eager keeps a copy that nobody else can have."""
-        self.kept, self.is_packed, self.packed_nbytes = packed, True, packed.nbytes
-        _live.add(self)
+        self.kept, self.is_packed = packed, True
+        _live[id(self)] = weakref.ref(self)
 
     def watch(self, tensor: Tensor) -> None:
-        """Pack when ``tensor`` is gone: the Python object that user code has of the tensor held."""
+        """Pack when ``tensor`` is gone: the Python object that user code has of the tensor held.
+
+        Autograd's views of it and nodes that saved it keep it alive.
+        """
         assert self.kept is not None
         self._version = self.kept._version  # (autograd counts a Function that writes to its input as one more write)
-        self._watch = _Watch(tensor, _died, self)
+        self._watch = weakref.ref(tensor, partial(_died, weakref.ref(self)))
 
     def pack_if_alone(self, num_dying: int = 0) -> bool:
         """Pack if only holders have the storage; returns whether there is nothing more to be done.
@@ -111,29 +103,39 @@ class Holder:
         Args:
             num_dying: tensors that still have the storage while they are being taken apart.
         """
-        if self.kept is None or self.is_packed:
+        kept = self.kept
+        if kept is None or self.is_packed:
             return True
-        if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
+        if _graph_task() != -1 and not _is_grad_enabled():
             return False  # backward is letting go of things, and will come to this node
-        if self.kept._version != self._version:
+        if kept._version != self._version:
             return True
-        storage = self.kept.untyped_storage()  # (its Python object has the storage, too)
-        if torch._C._storage_Use_Count(storage._cdata) > _num_aliases[self.storage_key] + 1 + num_dying:
+        key = self.storage_key
+        storage = kept.untyped_storage()  # (its Python object has the storage, too)
+        if _use_count(key) > _num_aliases[key] + 1 + num_dying:
             return False
         del storage
-        with torch.no_grad(), aside(self.kept):
-            packed = self._pack(self.kept)
+        with aside(kept):
+            packed = self._pack(kept)
         if packed is not None:
             self._forget()
             self.kept, self.is_packed = packed, True
         return True
 
+    @property
+    def packed_nbytes(self) -> int:
+        """What it keeps takes, once it is packed."""
+        return self.kept.nbytes if self.is_packed and self.kept is not None else 0
+
     def _forget(self) -> None:
         if self.kept is not None and not self.is_packed:
             self.kept = None
-            _num_aliases[self.storage_key] -= 1
-            if not _num_aliases[self.storage_key]:
-                del _num_aliases[self.storage_key]
+            key = self.storage_key
+            left = _num_aliases[key] - 1
+            if left:
+                _num_aliases[key] = left
+            else:
+                del _num_aliases[key]
 
     def take(self) -> Tensor:
         """What backward reads: the tensor itself, or what stands for it. Let go of it if this backward is the last."""
@@ -147,7 +149,7 @@ class Holder:
         assert kept is not None, "torch raises at the second backward, before this"
         if not self.is_packed and kept._version != self._version:
             raise modified(kept, self._version, self._name)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not _keeps_graph():
             self.clear()
         return kept
 
@@ -157,6 +159,7 @@ class Holder:
 
     def __del__(self) -> None:
         self._forget()
+        _live.pop(id(self), None)
 
 
 def modified(tensor: Tensor, expected: int, which: str = "") -> RuntimeError:
@@ -172,27 +175,27 @@ def modified(tensor: Tensor, expected: int, which: str = "") -> RuntimeError:
 
 def look_again() -> None:
     """Pack those that could not be when their tensor died, and now can."""
-    for _ in range(len(_waiting)):
+    for _ in range(len(waiting)):
         try:
-            reference = _waiting.popleft()
+            reference = waiting.popleft()
         except IndexError:  # the collector ran meanwhile, and looked
             return
         holder = reference()
         if holder is not None and not holder.pack_if_alone():
-            _waiting.append(reference)
+            waiting.append(reference)
 
 
 def collected(phase: str, _info: Any) -> None:
     """For ``gc.callbacks``: after the last op of ours in a step nothing else would look."""
-    if phase == "stop" and _waiting:
+    if phase == "stop" and waiting:
         look_again()
 
 
 def settle() -> None:
     """Pack all that can be packed, wherever it is held."""
-    for holder in list(_live):
+    for holder in live_holders():
         holder.pack_if_alone()
 
 
-def live_holders() -> Iterable[Holder]:
-    return list(_live)
+def live_holders() -> list[Holder]:
+    return [holder for reference in list(_live.values()) if (holder := reference()) is not None]

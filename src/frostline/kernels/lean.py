@@ -25,7 +25,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .holding import Holder, collected, live_holders, look_again
+from .holding import Holder, collected, live_holders, look_again, waiting
 from .leaving_out import LeaveOut, hooks_disabled
 
 _TLS = "frostline.kernels"  # torch carries objects stashed under a name to the engine's threads
@@ -216,7 +216,8 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
         if any([tensor.requires_grad for tensor in tensors]) and _is_grad_enabled():  # noqa: C419 (a step fewer)
             run = _current()
             if run is not None:
-                look_again()
+                if waiting:
+                    look_again()
                 try:
                     if not _is_plain_eager(tensors):
                         raise NotCoveredError(_why_not_plain(tensors))
@@ -265,7 +266,7 @@ def _transforming() -> bool:
         or _forward_ad._current_level >= 0
         or _tracing_state() is not None
         or _dispatch_mode(_PROXY) is not None
-        or _tracing_context() is not None
+        or getattr(_tracing, "tracing_context", None) is not None
     )
 
 
@@ -275,7 +276,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _forward_ad = torch.autograd.forward_ad
 _interpreters = torch._C._functorch.peek_interpreter_stack
 _tracing_state, _dispatch_mode = torch._C._get_tracing_state, torch._C._get_dispatch_mode
-_tracing_context = torch._guards.TracingContext.try_get
+_tracing = torch._guards._TLS  # (what TracingContext.try_get looks at)
 _stashed, _is_stashed = torch._C._get_obj_in_tls, torch._C._is_key_in_tls
 
 

@@ -19,7 +19,7 @@ from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
 from .leaving_out import LeaveOut, users_hooks
 from .unread import Looks, unread
-from .unseen import unseen
+from .unseen import aside, unseen
 
 _aten = torch.ops.aten
 
@@ -105,12 +105,14 @@ class MaxPool(Kernel):
             else _aten.max_pool3d_with_indices_backward
         )
         ctx.windows, ctx.holder, ctx.looks, ctx.how = windows, holder, Looks.of(input), how
-        tie = anchor(input)
         with below_autograd():
             result, indices = op(input, *how)
-            ctx.save_for_backward(tie, *([windows.pack(indices)] if holder is None else []))
-        if holder is not None:
-            holder.hold(indices, indices.numel())
+            packed = [windows.pack(indices)] if holder is None else []
+        with aside(input):
+            if holder is not None:
+                holder.hold(indices)
+            tie = anchor(input.dtype)
+        ctx.save_for_backward(tie, *packed)
         ctx.mark_non_differentiable(indices)
         return result, indices, tie
 

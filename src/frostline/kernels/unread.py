@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .unseen import unseen
 
+_MAPS = hasattr(mmap, "MAP_PRIVATE")
 _lock = threading.Lock()
 _memory = torch.UntypedStorage(0)
 _places: set[int] = set()  # where such memory begins
@@ -33,7 +34,7 @@ class Looks(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Looks:
-        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+        return tuple.__new__(cls, (tensor.shape, tensor.stride(), tensor.dtype))  # (a frame fewer than ``cls(...)``)
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +73,7 @@ def unread_later(looks: Looks, beside: Tensor) -> Callable[[], Tensor]:
     """What makes it."""
     if isinstance(beside, FakeTensor):
         return partial(_fake, looks, beside.fake_mode, beside.device)
-    if beside.device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE"):
+    if _MAPS and beside.is_cpu:
         return partial(_on_cpu, looks)
     return partial(_elsewhere, looks, beside.device)
 

@@ -11,18 +11,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 _NOTHING = nullcontext()
+_num_modes, _num_function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_BelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
 
 
 def unseen() -> AbstractContextManager[Any]:
     """Without the dispatch modes that are on; fake tensors still go to their own mode."""
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING
+    return _disable_current_modes() if _num_modes() else _NOTHING
 
 
 def aside(tensor: Tensor) -> AbstractContextManager[Any]:
     """Where tensors may be made to go with ``tensor``, real or fake: unseen, below autograd."""
-    below: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
+    below: AbstractContextManager[Any] = _BelowAutograd()
     mode = tensor.fake_mode if isinstance(tensor, FakeTensor) else None
-    if not (mode or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()):
+    if not (mode or _num_modes() or _num_function_modes()):
         return below
     stack = ExitStack()
     stack.enter_context(torch._C.DisableTorchFunction())

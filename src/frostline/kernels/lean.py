@@ -254,19 +254,21 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, FakeTensor))
 
 def _is_plain_eager(tensors: list[Tensor]) -> bool:
     for t in tensors:
-        if type(t) not in _PLAIN or t.layout is not _STRIDED or not t.is_floating_point() or t.is_neg():
+        kind = type(t)
+        if kind not in _PLAIN or t.layout is not _STRIDED or not t.is_floating_point() or t.is_neg():
+            return False
+        if kind is FakeTensor and _compiling() is not None:
             return False
     return not _transforming()
 
 
 def _transforming() -> bool:
-    """Whether something other than eager's autograd is watching: torch.func, forward mode, a tracer or compiler."""
+    """Whether something other than eager's autograd is watching: torch.func, forward mode, a tracer."""
     return (
         _interpreters() is not None
         or _forward_ad._current_level >= 0
         or _tracing_state() is not None
         or _dispatch_mode(_PROXY) is not None
-        or getattr(_tracing, "tracing_context", None) is not None
     )
 
 
@@ -276,12 +278,12 @@ _is_grad_enabled = torch.is_grad_enabled
 _forward_ad = torch.autograd.forward_ad
 _interpreters = torch._C._functorch.peek_interpreter_stack
 _tracing_state, _dispatch_mode = torch._C._get_tracing_state, torch._C._get_dispatch_mode
-_tracing = torch._guards._TLS  # (what TracingContext.try_get looks at)
+_compiling = torch._guards.TracingContext.try_get  # (compilers work on fake tensors)
 _stashed, _is_stashed = torch._C._get_obj_in_tls, torch._C._is_key_in_tls
 
 
 def _why_not_plain(tensors: list[Tensor]) -> str:
-    if _transforming():
+    if _transforming() or _compiling() is not None:
         return "inside torch.func, forward-mode AD, or a tracer"
     for tensor in tensors:
         if type(tensor) not in _PLAIN:

@@ -1,8 +1,8 @@
 """Eight yes-or-no answers a byte, and what is made from them: ones and zeros, or a gradient let through or scaled.
 
 These are the ops ``frostline::unpack_bits`` and ``frostline::let_through``. Packing is done aside (see `holding`), and
-is not an op. On CPU the loops of ``_bits.c`` do the work, one pass over memory; where that was not built, numpy does, a
-block at a time, in two to three times as long.
+is not an op. On CPU the loops of ``_loops.c`` do the work, one pass over memory; where that was not built, numpy does,
+a block at a time, in two to three times as long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .unseen import unseen
 
 try:
-    from . import _bits as _loops
+    from . import _loops
 except ImportError:  # no C compiler was there
     _loops = None  # type: ignore[assignment]
 
@@ -61,7 +61,7 @@ class Condition:
         return answers
 
 
-_NOT_UP_TO, _ABOVE, _BETWEEN = range(3)  # as in _bits.c
+_NOT_UP_TO, _ABOVE, _BETWEEN = range(3)  # as in _loops.c
 
 
 def not_up_to(bound: float) -> Condition:

@@ -5,21 +5,18 @@ Backward is eager's own, on a tensor that looks like the input, and for a maximu
 
 from __future__ import annotations
 
-from functools import lru_cache, reduce
-from itertools import product
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
 from .lean import NotCoveredError, current_run, replaces
 from .leaving_out import LeaveOut, users_hooks
 from .unread import Looks, unread
-from .unseen import aside, unseen
+from .unseen import aside
+from .windows import NUM_BYTES, Windows, windows_of
 
 _aten = torch.ops.aten
 
@@ -29,79 +26,13 @@ def average_pool(_op: Any, input: Tensor, *_how: Any) -> Any:
     return LeaveOut(input)
 
 
-class Windows:
-    """The windows of a pool: where an index into the input lies in the window of its place in the output."""
-
-    def __init__(self, input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, num_dims: int) -> None:
-        def each(given: Any) -> list[int]:
-            return list(given) * num_dims if len(given) == 1 else list(given)
-
-        self.kernel = each(kernel)
-        self.stride = each(stride) or self.kernel
-        self.padding, self.dilation = each(padding), each(dilation)
-        self.steps = [prod(input.shape[d + 1 :]) for d in range(-num_dims, -1)] + [1]
-        self.shape = tuple(input.shape[-num_dims:])
-
-    @property
-    def never_empty(self) -> bool:
-        """Whether each window has an element of the input: where it has none, an index means nothing."""
-        return all(d == 1 or p == 0 for d, p in zip(self.dilation, self.padding, strict=True))
-
-    def starts(self, like: Tensor) -> Tensor:
-        """The index, if it were in the input, of the first element of each place's window."""
-        along = []
-        for dim, (stride, padding, step) in enumerate(zip(self.stride, self.padding, self.steps, strict=True)):
-            size, first, apart = like.shape[dim - len(self.kernel)], -padding * step, stride * step
-            places = torch.arange(first, first + size * apart, apart, device=like.device)
-            along.append(places.view(-1, *(1,) * (len(self.kernel) - 1 - dim)))
-        return reduce(torch.add, along)
-
-    def offsets(self) -> list[int]:
-        """How far each element of a window is from the first."""
-        along = [[i * d * s for i in range(k)] for k, d, s in zip(self.kernel, self.dilation, self.steps, strict=True)]
-        return [sum(place) for place in product(*along)]
-
-    def pack(self, indices: Tensor) -> Tensor:
-        offset = indices - self.starts(indices)
-        offsets = self.offsets()
-        if offsets[-1] < 256:
-            return offset.to(torch.uint8)
-        number = _numbers(offsets, indices)[1]
-        return torch.empty_like(indices, dtype=torch.uint8).copy_(number[offset])
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        offsets = self.offsets()
-        wide = packed.to(torch.int64)
-        if offsets[-1] >= 256:
-            wide = wide.copy_(_numbers(offsets, packed)[0][wide])
-        return wide.add_(self.starts(wide))
-
-
-def _numbers(offsets: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """The offset of each element of a window by its number, and the number by its offset."""
-    if isinstance(like, FakeTensor):
-        return _made_numbers(tuple(offsets), like.device)
-    with unseen():
-        return _kept_numbers(tuple(offsets), like.device)
-
-
-def _made_numbers(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    table = torch.tensor(offsets, device=device)
-    number = torch.zeros(offsets[-1] + 1, dtype=torch.uint8, device=device)
-    number[table] = torch.arange(len(offsets), dtype=torch.uint8, device=device)
-    return table, number
-
-
-_kept_numbers = lru_cache(maxsize=64)(_made_numbers)  # (making them, an accelerator would be waited for)
-
-
 class MaxPool(Kernel):
     @staticmethod
     def forward(ctx: Any, op: Any, windows: Windows, holder: Holder | None, input: Tensor, *how: Any) -> Any:
         ctx.set_materialize_grads(False)
         ctx.op = (
             _aten.max_pool2d_with_indices_backward
-            if len(windows.kernel) == 2
+            if len(windows.apart) == 2
             else _aten.max_pool3d_with_indices_backward
         )
         ctx.windows, ctx.holder, ctx.looks, ctx.how = windows, holder, Looks.of(input), how
@@ -131,11 +62,12 @@ class MaxPool(Kernel):
 
 @replaces("max_pool2d_with_indices", "max_pool3d_with_indices")
 def max_pool(op: Any, input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Any:
-    windows = Windows(input, kernel, stride, padding, dilation, 2 if "2d" in op._schema.name else 3)
-    if prod(windows.kernel) > 256:
-        raise NotCoveredError("a place in its window takes more than a byte")
-    if not windows.never_empty:
+    shape = tuple(input.shape[-2 if "2d" in op._schema.name else -3 :])
+    windows = windows_of(shape, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+    if windows is None:
         raise NotCoveredError("a window may have no element of the input")
+    if len(windows.offsets) > NUM_BYTES:
+        raise NotCoveredError("a place in its window takes more than a byte")
     hooks = users_hooks()
     name = "is output 1 of MaxPool2DWithIndicesBackward0"
     holder = None if hooks is not None else current_run().holder(windows.pack, windows.unpack, name)

@@ -1,4 +1,4 @@
-/* The loops of bits.py, for memory that torch gave: each reads and writes it once.
+/* The loops of bits.py and windows.py, for memory that torch gave: each reads and writes it once.
  *
  * Addresses come as integers. Answers lie eight a byte, the first in the lowest bit. */
 
@@ -198,18 +198,103 @@ static PyObject *scale(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* Places: how many beside one another (outside), in each of three dimensions, and at each place (inside); the index at
+ * which the first window of each dimension begins, and how far its windows are apart. */
+typedef struct {
+    Py_ssize_t outside, size[3], inside;
+    int64_t first[3], apart[3];
+} Places;
+
+/* Runs BODY for each element at position i, whose window begins at `start`; the innermost loop goes along memory. */
+#define FOR_EACH_PLACE(BODY)                                                                                           \
+    Py_ssize_t i = 0;                                                                                                  \
+    for (Py_ssize_t o = 0; o < p->outside; o++)                                                                        \
+        for (Py_ssize_t x = 0; x < p->size[0]; x++)                                                                    \
+            for (Py_ssize_t y = 0; y < p->size[1]; y++) {                                                              \
+                const int64_t row = p->first[0] + x * p->apart[0] + p->first[1] + y * p->apart[1] + p->first[2];       \
+                if (p->inside == 1) {                                                                                  \
+                    for (Py_ssize_t z = 0; z < p->size[2]; z++, i++) {                                                 \
+                        const int64_t start = row + z * p->apart[2];                                                   \
+                        BODY                                                                                           \
+                    }                                                                                                  \
+                } else                                                                                                 \
+                    for (Py_ssize_t z = 0; z < p->size[2]; z++) {                                                      \
+                        const int64_t start = row + z * p->apart[2];                                                   \
+                        for (Py_ssize_t c = 0; c < p->inside; c++, i++) {                                              \
+                            BODY                                                                                       \
+                        }                                                                                              \
+                    }                                                                                                  \
+            }
+
+static void narrow_all(const Places *p, const int64_t *indices, const uint8_t *numbers, uint8_t *packed)
+{
+    if (numbers) {
+        FOR_EACH_PLACE(packed[i] = numbers[indices[i] - start];)
+    } else {
+        FOR_EACH_PLACE(packed[i] = (uint8_t)(indices[i] - start);)
+    }
+}
+
+static void widen_all(const Places *p, const uint8_t *packed, const int64_t *offsets, int64_t *indices)
+{
+    if (offsets) {
+        FOR_EACH_PLACE(indices[i] = start + offsets[packed[i]];)
+    } else {
+        FOR_EACH_PLACE(indices[i] = start + packed[i];)
+    }
+}
+
+static int places_and_memory(PyObject *args, Places *p, Py_ssize_t *source, Py_ssize_t *table, Py_ssize_t *target)
+{
+    long long first[3], apart[3];
+    if (!PyArg_ParseTuple(args, "n(nnn)n(LLL)(LLL)nnn", &p->outside, &p->size[0], &p->size[1], &p->size[2], &p->inside,
+                          &first[0], &first[1], &first[2], &apart[0], &apart[1], &apart[2], source, table, target))
+        return 0;
+    for (int d = 0; d < 3; d++) {
+        p->first[d] = first[d];
+        p->apart[d] = apart[d];
+    }
+    return 1;
+}
+
+static PyObject *narrow(PyObject *module, PyObject *args)
+{
+    Places places;
+    Py_ssize_t indices, numbers, packed;
+    if (!places_and_memory(args, &places, &indices, &numbers, &packed))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    narrow_all(&places, (const int64_t *)indices, (const uint8_t *)numbers, (uint8_t *)packed);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *widen(PyObject *module, PyObject *args)
+{
+    Places places;
+    Py_ssize_t packed, offsets, indices;
+    if (!places_and_memory(args, &places, &packed, &offsets, &indices))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    widen_all(&places, (const uint8_t *)packed, (const int64_t *)offsets, (int64_t *)indices);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"pack", pack, METH_VARARGS, "pack(kind, width, source, count, low, high, bits): whether there was a NaN."},
     {"let_through", let_through, METH_VARARGS, "let_through(width, gradient, bits, count, result)"},
     {"scale", scale, METH_VARARGS, "scale(width, gradient, bits, count, factor, result): by factor or by 0."},
+    {"narrow", narrow, METH_VARARGS, "narrow(outside, size, inside, first, apart, indices, numbers or 0, packed)"},
+    {"widen", widen, METH_VARARGS, "widen(outside, size, inside, first, apart, packed, offsets or 0, indices)"},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "_bits", .m_doc = "Loops over memory.", .m_size = 0, .m_methods = methods,
+    PyModuleDef_HEAD_INIT, .m_name = "_loops", .m_doc = "Loops over memory.", .m_size = 0, .m_methods = methods,
 };
 
-PyMODINIT_FUNC PyInit__bits(void)
+PyMODINIT_FUNC PyInit__loops(void)
 {
     return PyModuleDef_Init(&definition);
 }

@@ -17,7 +17,7 @@ from frostline.costing.engine import masks
 from frostline.costing.optimizers import optimizer_model
 from frostline.costing.overhead import Overhead
 from frostline.costing.seconds import PARTS, Clockwork
-from frostline.kernels import activation, dropout, lean_kernels
+from frostline.kernels import activation, dropout, lean_kernels, replaced_ops
 from frostline.kernels.bits import pack_bits
 from frostline.probing import stopwatch
 from frostline.probing.stopwatch import Timing, Work
@@ -283,5 +283,23 @@ def test_what_lean_kernels_take_to_be_called_is_counted_where_they_run() -> None
                 parameter.requires_grad_(name in cost.subset.names)
             model(torch.randn(3, 2, 8)).sum()
         numbers[train] = run.num_replaced
-        assert clockwork.tally(*cost._flags[1:]).lean_ops == run.num_replaced, train
+        tally = clockwork.tally(*cost._flags[1:])
+        assert tally.lean_ops == run.num_replaced, train
+        with Names() as ran:
+            model(torch.randn(3, 2, 8)).sum()
+        assert tally.passing_ops == sum(name in replaced_ops() for name in ran.names) > 0, train
+        frozen, *flags = trace.cost(train)._flags
+        assert Clockwork(frozen, Accelerator(1.0, 0.0), Overhead(0.0, 0.0)).tally(*flags).passing_ops == 0  # type: ignore[arg-type]
     assert numbers["5"] == 0 < numbers["@all"]
+
+
+class Names(TorchDispatchMode):
+    """The ops that run, by schema name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))

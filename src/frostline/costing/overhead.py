@@ -28,7 +28,8 @@ class Overhead:
 
     ``optimizer``: of a step, beside what it takes for each parameter. ``fresh``: per byte of memory that the system has
     to bring, beyond what it takes to write to memory that is there. ``packing``: per element that `frostline.kernels`
-    packs to a bit. ``lean_...``: per op that these run in place of torch's own.
+    packs to a bit. ``lean_...``: per op that these run in place of torch's own; ``lean_passing``: per op that comes by
+    them, if only to be passed on.
     """
 
     forward: float
@@ -38,6 +39,7 @@ class Overhead:
     packing: float = 0.0
     lean_forward: float = 0.0
     lean_backward: float = 0.0
+    lean_passing: float = 0.0
 
 
 NONE = Overhead(0.0, 0.0)
@@ -131,21 +133,22 @@ def measured_phases(device: torch.device, clock: Callable[[], float] = time.perf
     return forward, backward, optimizing
 
 
-def measured_lean(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
-    """Seconds of forward and of backward that an op takes longer where `frostline.kernels` runs it."""
+def measured_lean(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float, float]:
+    """Seconds per op under `frostline.kernels`: of forward and backward if they run it, and of passing it on."""
     with undisturbed(), device:
         model = nn.Sequential(*(layer for _ in range(_LAYERS // 2) for layer in (nn.Conv1d(2, 2, 1), nn.ReLU())))
+        passing = nn.Sequential(*(nn.Conv1d(2, 2, 1) for _ in range(_LAYERS)))  # all is read where all trains
         x = torch.ones(1, 2, 8)
     for module in list(model)[2::2]:
         module.requires_grad_(False)
-    seen: list[tuple[float, float]] = []
+    seen: list[tuple[float, float, float]] = []
     for _ in range(_STEPS):
         with lean_kernels():
-            ours = _step(model, x, clock)
-        own = _step(model, x, clock)
-        seen.append((ours[0] - own[0], ours[1] - own[1]))
-    forward, backward = (max(0.0, statistics.median(column)) / len(model) for column in zip(*seen, strict=True))
-    return forward, backward
+            ours, passed = _step(model, x, clock), _step(passing, x, clock)
+        own, plain = _step(model, x, clock), _step(passing, x, clock)
+        seen.append((ours[0] - own[0], ours[1] - own[1], passed[0] - plain[0]))
+    forward, backward, on = (max(0.0, statistics.median(column)) / _LAYERS for column in zip(*seen, strict=True))
+    return max(0.0, forward - on), backward, on
 
 
 def _step(model: nn.Module, x: torch.Tensor, clock: Callable[[], float]) -> tuple[float, float]:

@@ -96,13 +96,13 @@ class Tally:
 
     __slots__ = (
         "backward_ops", "forward", "forward_ops", "grad_input", "grad_weight", "host_backward", "host_forward",
-        "lean_ops", "recompute", "spread", "unknown",
+        "lean_ops", "passing_ops", "recompute", "spread", "unknown",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.forward = self.grad_input = self.grad_weight = self.recompute = self.spread = 0.0
         self.host_forward = self.host_backward = 0.0
-        self.forward_ops = self.backward_ops = self.lean_ops = 0
+        self.forward_ops = self.backward_ops = self.lean_ops = self.passing_ops = 0
         self.unknown: dict[str, str] = {}
 
     def add(self, other: Tally) -> None:
@@ -116,6 +116,7 @@ class Tally:
         self.forward_ops += other.forward_ops
         self.backward_ops += other.backward_ops
         self.lean_ops += other.lean_ops
+        self.passing_ops += other.passing_ops
         self.unknown.update(other.unknown)
 
     def note(self, op: Any, timing: Timing) -> None:
@@ -213,6 +214,7 @@ class Clockwork:
         """Seconds between the ops of the forward, and of the backward."""
         overhead = self.overhead
         forward = overhead.forward * tally.forward_ops + overhead.lean_forward * tally.lean_ops
+        forward += overhead.lean_passing * tally.passing_ops
         return forward, overhead.backward * tally.backward_ops + overhead.lean_backward * tally.lean_ops
 
     def packing(self, held: int) -> float:
@@ -387,6 +389,7 @@ class Clockwork:
             tally.note(op.target if isinstance(op, Call) else op.op, timing)
             tally.host_forward += timing.host_seconds
             tally.forward_ops += 1
+            tally.passing_ops += isinstance(op, Call) and op.replaced
         return tally
 
     def _backward(self, tally: Tally, ops: Iterable[RanOp]) -> None:

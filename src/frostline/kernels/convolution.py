@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .lean import replaces
-from .leaving_out import LeaveOut
+from .lean import leaves_out
 
 
-@replaces("convolution")
-def convolution(_op: Any, input: Tensor, weight: Tensor, *_how: Any) -> Any:
-    unread = [t for t, other in ((input, weight), (weight, input)) if not other.requires_grad]
-    return LeaveOut(*unread) if unread else NotImplemented
+@leaves_out("convolution")
+def convolution(input: Tensor, weight: Tensor, *_how: Any) -> tuple[Tensor, ...]:
+    if weight.requires_grad:
+        return () if input.requires_grad else (weight,)
+    return (input,) if input.requires_grad else (input, weight)

@@ -33,7 +33,8 @@ _KEYS = {"AutogradCPU": DispatchKey.AutogradCPU, "AutogradCUDA": DispatchKey.Aut
 _OWN = DispatchKeySet(DispatchKey.AutogradOther)  # where torch's own kernel for all devices is still found
 
 Rule = Callable[..., Any]
-_rules: dict[str, Rule] = {}
+_rules: dict[str, Rule] = {}  # by op
+_leave_out: set[Rule] = set()  # those of `leaves_out`
 _lock = threading.Lock()
 _num_open = 0
 _library: torch.library.Library | None = None
@@ -46,14 +47,26 @@ class NotCoveredError(Exception):
 def replaces(*names: str) -> Callable[[Rule], Rule]:
     """Register what ops of ``aten`` do instead.
 
-    A rule is called with the op and all its arguments. It returns the op's result; or a `LeaveOut`, under which torch's
-    own kernel is to run; or `NotImplemented` where that keeps no more than is read.
+    A rule is called with the op and all its arguments. It returns the op's result, or `NotImplemented` where torch's
+    own kernel keeps no more than is read.
     """
 
     def register(rule: Rule) -> Rule:
-        for name in names:
-            _rules[name] = rule
+        _rules.update(dict.fromkeys(names, rule))
         return rule
+
+    return register
+
+
+def leaves_out(*names: str) -> Callable[[Rule], Rule]:
+    """Register what the nodes that torch makes for ops of ``aten`` need not save.
+
+    A rule is called with all the op's arguments, and returns those of its tensors that no asked gradient reads.
+    """
+
+    def register(rule: Rule) -> Rule:
+        _leave_out.add(rule)
+        return replaces(*names)(rule)
 
     return register
 
@@ -201,6 +214,7 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
     op = getattr(torch.ops.aten, name).default
     redispatch = op._handle.redispatch_boxed
     defaults = [argument.default_value for argument in op._schema.arguments]
+    leaves = rule in _leave_out
     num_tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)  # which come first
     owns: dict[int, DispatchKeySet] = {}
 
@@ -219,18 +233,23 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
                 if waiting:
                     look_again()
                 try:
-                    if not _is_plain_eager(tensors):
+                    if leaves:
+                        unread = rule(*args, *defaults[len(args) :])
+                        if unread:
+                            if not _is_plain_eager(tensors):
+                                raise NotCoveredError(_why_not_plain(tensors))
+                            if hooks_disabled():
+                                raise NotCoveredError("saved-tensor hooks are disabled")
+                            run.num_replaced += 1
+                            with LeaveOut(unread):
+                                return redispatch(own(keyset), *args)
+                    elif not _is_plain_eager(tensors):
                         raise NotCoveredError(_why_not_plain(tensors))
-                    result = rule(op, *args, *defaults[len(args) :])
-                    if isinstance(result, LeaveOut):
-                        if hooks_disabled():
-                            raise NotCoveredError("saved-tensor hooks are disabled")
-                        run.num_replaced += 1
-                        with result:
-                            return redispatch(own(keyset), *args)
-                    if result is not NotImplemented:
-                        run.num_replaced += 1
-                        return result
+                    else:
+                        result = rule(op, *args, *defaults[len(args) :])
+                        if result is not NotImplemented:
+                            run.num_replaced += 1
+                            return result
                 except NotCoveredError as why:
                     run.fallbacks.setdefault(name, Counter())[str(why)] += 1
         return redispatch(own(keyset), *args)

@@ -7,7 +7,7 @@ version checked when it is read, and hooks of the user's get what they would hav
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ class LeaveOut:
 
     __slots__ = ("_left", "_users")
 
-    def __init__(self, *tensors: Tensor) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._left = tuple(map(id, tensors))  # (not the tensors: who dies last would tell a holder too early)
 
     def __enter__(self) -> LeaveOut:

@@ -11,13 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .lean import replaces
-from .leaving_out import LeaveOut
+from .lean import leaves_out
 
 
-@replaces("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+@leaves_out("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
 def batch_norm(
-    _op: Any,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -25,10 +23,10 @@ def batch_norm(
     var: Tensor | None,
     training: bool,
     *_how: Any,
-) -> Any:
+) -> list[Tensor]:
     scale_trains = weight is not None and weight.requires_grad
     unread = [] if scale_trains or (training and input.requires_grad) else [input]
     shift_trains = bias is not None and bias.requires_grad
     if training and mean is not None and var is not None and not scale_trains and not shift_trains:
         unread += [mean, var]
-    return LeaveOut(*unread) if unread else NotImplemented
+    return unread

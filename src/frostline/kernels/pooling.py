@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
-from .lean import NotCoveredError, current_run, replaces
-from .leaving_out import LeaveOut, users_hooks
+from .lean import NotCoveredError, current_run, leaves_out, replaces
+from .leaving_out import users_hooks
 from .unread import Looks, unread
 from .unseen import aside
 from .windows import NUM_BYTES, Windows, windows_of
@@ -21,9 +21,9 @@ from .windows import NUM_BYTES, Windows, windows_of
 _aten = torch.ops.aten
 
 
-@replaces("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
-def average_pool(_op: Any, input: Tensor, *_how: Any) -> Any:
-    return LeaveOut(input)
+@leaves_out("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
+def average_pool(input: Tensor, *_how: Any) -> tuple[Tensor]:
+    return (input,)
 
 
 class MaxPool(Kernel):

@@ -112,6 +112,24 @@ def test_page_faults_are_said_beside_what_is_predicted(path: Path) -> None:
     assert seen.to_dict()["page_fault_seconds"] == 100_000 * seconds_per_fault()
 
 
+def test_the_error_has_what_page_faults_took(path: Path) -> None:
+    """Of every figure with seconds: the findings', the step's as it is, and the step's with all fixes."""
+    seen = timed(path)
+    seen.record.pace.steps, seen.record.pace.page_faults = 10, 100_000
+    assert seen.now is not None
+    assert seen.now.seconds is not None
+    taken = seen.record.pace.fault_seconds
+    assert taken > 0
+    finding = only(seen, "unowned-grad")
+    assert finding.now is not None
+    stated = seen.now.seconds.uncertainty + taken
+    assert finding.now.seconds_error == stated
+    assert seen.to_dict()["now"]["seconds_error"] == stated
+    assert seen.fixed is not None
+    assert finding.fixed is not None
+    assert seen.fixed.seconds_error == finding.fixed.seconds_error > taken
+
+
 def test_seconds_of_what_is_kept_are_those_of_its_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the fix leaves out is the forward's own time but for the head's; the backward stays as it is."""
     monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "cache"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from .bits import NoBitsError, above, between, let_through, not_up_to, pack_bits, unpack_bits
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
-from .lean import NotCoveredError, current_run, replaces
+from .lean import LeanKernels, NotCoveredError, replaces
 from .leaving_out import users_hooks
 from .unread import Looks, lies_alike
 from .unseen import aside, unseen
@@ -68,7 +68,7 @@ class Gated(Kernel):
             tie = anchor(input.dtype)
         if result is input:
             ctx.mark_dirty(input)
-        ctx.save_for_backward(tie, *(weight for weight in how if isinstance(weight, Tensor)))
+        ctx.save_for_backward(tie, *[weight for weight in how if isinstance(weight, Tensor)])
         return result, tie
 
     @staticmethod
@@ -99,7 +99,7 @@ def _backward(op: Any, gradient: Tensor, kept: Tensor, args: Sequence[Any], *, s
     return found if isinstance(found, Tensor) else found[0]
 
 
-def _run(op: Any, gate: Gate, input: Tensor, *how: Any) -> Any:
+def _run(run: LeanKernels, op: Any, gate: Gate, input: Tensor, *how: Any) -> Any:
     if op._schema.is_mutable and (input._is_view() or input.is_leaf):
         raise NotCoveredError("written in place to a view or a leaf")
     if users_hooks() is not None:
@@ -111,7 +111,7 @@ def _run(op: Any, gate: Gate, input: Tensor, *how: Any) -> Any:
     def ones_and_zeros(bits: Tensor) -> Tensor:
         return unpack_bits(bits, looks.shape, looks.stride, looks.dtype)
 
-    holder = current_run().holder(gate.bits, ones_and_zeros, _node(op))
+    holder = Holder(gate.bits, ones_and_zeros, _node(op), run)
     result, _anchor = Gated.run(op, gate, holder, looks, input, *how)
     if gate.keeps != "copy":
         holder.watch(result if gate.keeps == "result" else input)
@@ -173,8 +173,8 @@ def _relu() -> Gate:
 
 
 @replaces("relu", "relu_")
-def relu(op: Any, input: Tensor) -> Any:
-    return _run(op, _relu(), input)
+def relu(run: LeanKernels, op: Any, input: Tensor) -> Any:
+    return _run(run, op, _relu(), input)
 
 
 @lru_cache(maxsize=64)
@@ -183,9 +183,9 @@ def _threshold(keeps: str, threshold: float) -> Gate:
 
 
 @replaces("threshold", "threshold_")
-def threshold(op: Any, input: Tensor, threshold: float, value: float) -> Any:
+def threshold(run: LeanKernels, op: Any, input: Tensor, threshold: float, value: float) -> Any:
     keeps = "copy" if op._schema.is_mutable else "input"
-    return _run(op, _threshold(keeps, threshold), input, threshold, value)
+    return _run(run, op, _threshold(keeps, threshold), input, threshold, value)
 
 
 @lru_cache(maxsize=64)
@@ -194,9 +194,9 @@ def _hardtanh(keeps: str, low: float, high: float) -> Gate:
 
 
 @replaces("hardtanh", "hardtanh_")
-def hardtanh(op: Any, input: Tensor, low: float, high: float) -> Any:
+def hardtanh(run: LeanKernels, op: Any, input: Tensor, low: float, high: float) -> Any:
     keeps = "copy" if op._schema.is_mutable else "input"
-    return _run(op, _hardtanh(keeps, low, high), input, low, high)
+    return _run(run, op, _hardtanh(keeps, low, high), input, low, high)
 
 
 @lru_cache(maxsize=64)
@@ -206,15 +206,17 @@ def _leaky_relu(slope: float, in_place: bool) -> Gate:
 
 
 @replaces("leaky_relu", "leaky_relu_")
-def leaky_relu(op: Any, input: Tensor, slope: float) -> Any:
+def leaky_relu(run: LeanKernels, op: Any, input: Tensor, slope: float) -> Any:
     in_place = op._schema.is_mutable
     if in_place and slope < 0:
         return NotImplemented  # its backward refuses this
-    return _run(op, _leaky_relu(slope, in_place), input, slope)
+    return _run(run, op, _leaky_relu(slope, in_place), input, slope)
 
 
 @replaces("_prelu_kernel")
-def prelu(op: Any, input: Tensor, weight: Tensor) -> Any:
+def prelu(run: LeanKernels, op: Any, input: Tensor, weight: Tensor) -> Any:
     if weight.requires_grad:
         return NotImplemented
-    return _run(op, Gate("input", _positive, _aten._prelu_kernel_backward, (), (), lets_through=False), input, weight)
+    return _run(
+        run, op, Gate("input", _positive, _aten._prelu_kernel_backward, (), (), lets_through=False), input, weight
+    )

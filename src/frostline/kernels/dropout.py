@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .bits import above, let_through, pack_bits, unpack_bits
 from .function import Kernel, below_autograd
-from .lean import NotCoveredError, current_run, replaces
+from .lean import LeanKernels, NotCoveredError, replaces
 from .unread import Looks, lies_alike
 from .unseen import aside, unseen
 
@@ -27,14 +27,14 @@ def _scale(dtype: torch.dtype, p: float) -> float:
 
 class Dropout(Kernel):
     @staticmethod
-    def forward(ctx: Any, op: Any, input: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, run: LeanKernels, op: Any, input: Tensor, p: float) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.p = p
         with below_autograd():
             noise = torch.empty_like(input).bernoulli_(1 - p)
             ctx.looks = Looks.of(noise)
             with aside(noise):
-                current_run().save(ctx, pack_bits(noise, above(0.0)))
+                run.save(ctx, pack_bits(noise, above(0.0)))
             torch.ops.aten.div_.Scalar(noise, 1 - p)
             if not op._schema.is_mutable:
                 return input * noise
@@ -45,34 +45,34 @@ class Dropout(Kernel):
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
         (bits,) = ctx.saved_tensors
         if gradient is None:
-            return None, None, None
+            return None, None, None, None
         looks = ctx.looks
         if lies_alike(gradient, looks):
-            return None, let_through(gradient, bits, _scale(looks.dtype, ctx.p)), None
+            return None, None, let_through(gradient, bits, _scale(looks.dtype, ctx.p)), None
         noise = unpack_bits(bits, looks.shape, looks.stride, looks.dtype).div_(1 - ctx.p)
-        return None, gradient * noise, None
+        return None, None, gradient * noise, None
 
 
 @replaces("dropout", "dropout_")
-def dropout(op: Any, input: Tensor, p: float, train: bool) -> Any:
+def dropout(run: LeanKernels, op: Any, input: Tensor, p: float, train: bool) -> Any:
     if not train or p == 0 or p == 1 or input.numel() == 0:
         return NotImplemented
     if input.device.type != "cpu" and not op._schema.is_mutable:  # there it ends in native_dropout
         return NotImplemented
     if op._schema.is_mutable and (input._is_view() or input.is_leaf):
         raise NotCoveredError("written in place to a view or a leaf")
-    return Dropout.run(op, input, p)
+    return Dropout.run(run, op, input, p)
 
 
 class NativeDropout(Kernel):
     @staticmethod
-    def forward(ctx: Any, op: Any, input: Tensor, p: float, train: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, run: LeanKernels, op: Any, input: Tensor, p: float, train: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.scale = 1 / (1 - p)
         with below_autograd():
             result, mask = op(input, p, train)
             with aside(mask):
-                current_run().save(ctx, pack_bits(mask))
+                run.save(ctx, pack_bits(mask))
         ctx.looks = Looks.of(mask)
         ctx.mark_non_differentiable(mask)
         return result, mask
@@ -81,15 +81,15 @@ class NativeDropout(Kernel):
     def backward(ctx: Any, gradient: Tensor | None, _of_mask: None) -> Any:
         (bits,) = ctx.saved_tensors
         if gradient is None:
-            return None, None, None, None
+            return None, None, None, None, None
         mask = unpack_bits(bits, ctx.looks.shape, ctx.looks.stride, gradient.dtype).bool()
         if torch.is_grad_enabled():  # as torch does
-            return None, gradient * (mask * ctx.scale), None, None
-        return None, torch.ops.aten.native_dropout_backward(gradient, mask, ctx.scale), None, None
+            return None, None, gradient * (mask * ctx.scale), None, None
+        return None, None, torch.ops.aten.native_dropout_backward(gradient, mask, ctx.scale), None, None
 
 
 @replaces("native_dropout")
-def native_dropout(op: Any, input: Tensor, p: float, train: bool | None) -> Any:
+def native_dropout(run: LeanKernels, op: Any, input: Tensor, p: float, train: bool | None) -> Any:
     if train is False or p == 0 or p == 1 or input.numel() == 0:
         return NotImplemented
-    return NativeDropout.run(op, input, p, train)
+    return NativeDropout.run(run, op, input, p, train)

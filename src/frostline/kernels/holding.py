@@ -157,9 +157,9 @@ class Holder:
         self._forget()
         self.kept = None
 
-    def __del__(self) -> None:
+    def __del__(self, live: dict[int, weakref.ref[Holder]] = _live) -> None:  # (globals may be gone at the end)
         self._forget()
-        _live.pop(id(self), None)
+        live.pop(id(self), None)
 
 
 def modified(tensor: Tensor, expected: int, which: str = "") -> RuntimeError:

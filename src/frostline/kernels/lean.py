@@ -47,8 +47,8 @@ class NotCoveredError(Exception):
 def replaces(*names: str) -> Callable[[Rule], Rule]:
     """Register what ops of ``aten`` do instead.
 
-    A rule is called with the op and all its arguments. It returns the op's result, or `NotImplemented` where torch's
-    own kernel keeps no more than is read.
+    A rule is called with the run, the op and all its arguments. It returns the op's result, or `NotImplemented` where
+    torch's own kernel keeps no more than is read.
     """
 
     def register(rule: Rule) -> Rule:
@@ -121,9 +121,6 @@ class LeanKernels:
         """The live holders of nodes made in this run (see `Holder`)."""
         return [holder for holder in live_holders() if holder.run is self]
 
-    def holder(self, pack: Callable[[Tensor], Tensor | None], unpack: Callable[[Tensor], Tensor], name: str) -> Holder:
-        return Holder(pack, unpack, name, self)
-
 
 def lean_kernels() -> LeanKernels:
     """``with lean_kernels():`` autograd keeps only what the asked gradients read, in this thread of control."""
@@ -177,13 +174,6 @@ def holders() -> Iterable[Holder]:
     """The live holders of nodes made in this thread's run."""
     run = _current()
     return [] if run is None else run.holders()
-
-
-def current_run() -> LeanKernels:
-    """The run inside which a rule is asked."""
-    run = _current()
-    assert run is not None
-    return run
 
 
 def _install() -> None:
@@ -246,7 +236,7 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
                     elif not _is_plain_eager(tensors):
                         raise NotCoveredError(_why_not_plain(tensors))
                     else:
-                        result = rule(op, *args, *defaults[len(args) :])
+                        result = rule(run, op, *args, *defaults[len(args) :])
                         if result is not NotImplemented:
                             run.num_replaced += 1
                             return result

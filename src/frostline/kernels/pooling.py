@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
-from .lean import NotCoveredError, current_run, leaves_out, replaces
+from .lean import LeanKernels, NotCoveredError, leaves_out, replaces
 from .leaving_out import users_hooks
 from .unread import Looks, unread
 from .unseen import aside
@@ -61,7 +61,9 @@ class MaxPool(Kernel):
 
 
 @replaces("max_pool2d_with_indices", "max_pool3d_with_indices")
-def max_pool(op: Any, input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Any:
+def max_pool(
+    run: LeanKernels, op: Any, input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> Any:
     shape = tuple(input.shape[-2 if "2d" in op._schema.name else -3 :])
     windows = windows_of(shape, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
     if windows is None:
@@ -70,7 +72,7 @@ def max_pool(op: Any, input: Tensor, kernel: Any, stride: Any, padding: Any, dil
         raise NotCoveredError("a place in its window takes more than a byte")
     hooks = users_hooks()
     name = "is output 1 of MaxPool2DWithIndicesBackward0"
-    holder = None if hooks is not None else current_run().holder(windows.pack, windows.unpack, name)
+    holder = None if hooks is not None else Holder(windows.pack, windows.unpack, name, run)
     result, indices, _anchor = MaxPool.run(op, windows, holder, input, kernel, stride, padding, dilation, ceil_mode)
     if holder is not None:
         holder.watch(indices)

@@ -168,12 +168,12 @@ def _nonfinite(fact: ValueFact) -> str:
 
 
 def _step(watch: Watch) -> Iterator[str]:
-    now, fixed = watch.now, watch.fixed
+    now, fixed = watch.now_figures, watch.fixed
     if now is None:
         return
     passes = watch.passes_in_step
     which = f" (one of the {passes} backward passes in it)" if passes > 1 else ""
-    text = f"the step as it is{which}: {_step_words(Figures.of(now))}"
+    text = f"the step as it is{which}: {_step_words(now)}"
     if fixed is None or (fixed.step_flops, fixed.saved_bytes) == (now.step_flops, now.saved_bytes):
         yield f"{text}."
         return
@@ -191,7 +191,7 @@ def _faults(watch: Watch) -> Iterator[str]:
     if now is not None and now.seconds is not None and taken >= FAULTS_SAID * now.seconds.total:
         yield (
             f"besides, page faults took about {seconds_text(taken)} of each step: memory that one step gives back and "
-            "the next takes anew. No prediction has them, and a fix may save some."
+            "the next takes anew. No prediction has them, but its error (±) has, and a fix may save some."
         )
 
 
@@ -216,7 +216,7 @@ def watch_to_dict(watch: Watch) -> dict[str, Any]:
         ],
         "findings": [finding.to_dict() for finding in watch.findings],
         "who_trains": watch.who_trains(),
-        "now": None if watch.now is None else asdict(Figures.of(watch.now)),
+        "now": None if watch.now_figures is None else asdict(watch.now_figures),
         "fixed": None if watch.fixed is None else asdict(watch.fixed),
         "page_fault_seconds": watch.record.pace.fault_seconds,
         "values": [row.to_dict() for row in watch.values],

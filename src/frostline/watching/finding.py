@@ -21,8 +21,7 @@ class Level(StrEnum):
 class Figures:
     """What one step costs; ``step_seconds`` is None where nothing was timed.
 
-    ``seconds_error``: how far from it a step may lie, nine times of ten; memory that the system takes back and gives
-    anew (`frostline.watching.record.PaceFact`) comes on top.
+    ``seconds_error``: how far from it a step may lie, nine times of ten.
     """
 
     forward_flops: int
@@ -44,6 +43,11 @@ class Figures:
             cost.step_seconds,
             None if cost.seconds is None else cost.seconds.uncertainty,
         )
+
+    def beside(self, fault_seconds: float) -> Figures:
+        """These, of steps whose page faults take so long: no prediction has them, so the error has."""
+        error = self.seconds_error
+        return self if error is None else replace(self, seconds_error=error + fault_seconds)
 
     def skipping(self, flops: int, seconds: float) -> Figures:
         """These, without a part of the forward."""
@@ -105,6 +109,11 @@ class Finding:
     freezes: frozenset[int] = field(default=frozenset(), repr=False)
     skips_flops: int = field(default=0, repr=False)
     skips_seconds: float = field(default=0.0, repr=False)
+
+    def beside(self, fault_seconds: float) -> Finding:
+        """It, with figures that are `Figures.beside` page faults."""
+        now, fixed = (None if each is None else each.beside(fault_seconds) for each in (self.now, self.fixed))
+        return replace(self, now=now, fixed=fixed)
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)

@@ -93,8 +93,9 @@ class Watch:
             raise FrostlineError("the findings are known when the block has ended")
         if self._findings is None:
             found = [finding for rule in rules() if rule.id not in self._ignored for finding in self._ask(rule)]
-            order = list(Level)
-            self._findings = tuple(sorted(found, key=lambda finding: order.index(finding.level)))
+            order, faults = list(Level), self.record.pace.fault_seconds
+            found.sort(key=lambda finding: order.index(finding.level))
+            self._findings = tuple(finding.beside(faults) for finding in found)
         return self._findings
 
     def _ask(self, rule: Rule) -> list[Finding]:
@@ -116,6 +117,11 @@ class Watch:
         return None if usual is None else usual.cost()
 
     @property
+    def now_figures(self) -> Figures | None:
+        """What `now` says, beside the page faults of the steps that were seen."""
+        return None if self.now is None else Figures.of(self.now).beside(self.record.pace.fault_seconds)
+
+    @property
     def passes_in_step(self) -> int:
         """How many backward passes the step has that `now` is one of."""
         usual = self._steps.usual()
@@ -133,7 +139,7 @@ class Watch:
         figures = Figures.of(cost)
         for finding in self.findings:
             figures = figures.skipping(finding.skips_flops, finding.skips_seconds)
-        return figures
+        return figures.beside(self.record.pace.fault_seconds)
 
     def who_trains(self) -> list[dict[str, Any]]:
         """Trained, the rest and buffers, each with how many tensors and numbers, and what happened to them."""

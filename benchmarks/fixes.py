@@ -3,8 +3,8 @@
 For each rule of `frostline watch` whose findings have figures, a script of a real size that has the fault is watched,
 and calibrated; then it and the same script with the fix put where the report says are both run as ``frostline measure``
 runs a training script, turn by turn in fresh processes. FLOPs and kept bytes have to be equal to what was said, and
-seconds saved within the stated error of both predictions; what page faults took stands beside, for no prediction has
-them. ``--save`` writes ``benchmarks/results/fixes.md`` and ``fixes.json``.
+seconds saved within the stated error of both predictions; what page faults took stands beside. A script is watched and
+run again where the machine's speed changed meanwhile (`benchmarks.steady`). ``--save`` writes ``benchmarks/results/fixes.md`` and ``fixes.json``.
 
 ``unneeded-saved-tensors``'s fix is a run of `frostline.train_only`, which the script opens itself: there the first
 script is run by that method.
@@ -20,6 +20,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks.costing import conditions
+from benchmarks.steady import steadily
 from frostline import targets
 from frostline.measuring.case import Case, Source
 from frostline.measuring.measured import Measured
@@ -278,7 +280,7 @@ def main() -> None:
     rows: list[Row] = []
     for rule in asked.rules or SCRIPTS:
         print(rule, flush=True)
-        rows += rows_of(rule, asked.rounds)
+        rows += steadily(rule, partial(rows_of, rule, asked.rounds))
     Console().print(Markdown(markdown(rows)))
     if asked.save:
         (HERE / "results" / "fixes.md").write_text(markdown(rows), encoding="utf-8")

@@ -4,9 +4,8 @@ Networks of `benchmarks.models` up to BERT-base's size, each planned for seven b
 the same seeded draw as in `benchmarks.planning`. Each plan's step is run in fresh processes, turn by turn: the FLOPs
 that torch dispatches, the bytes that autograd keeps, the peak that torch's allocator reports, and seconds. Counts have
 to be within the budget, and the peak within it and the error stated for it; seconds within the budget and the
-uncertainty that comes with the prediction. What the machine is found to take is asked before and after: where that lies
-more than a tenth apart it was another machine, and the network is planned and run again, at most twice. ``--save``
-writes ``benchmarks/results/plans.md`` and ``.json``.
+uncertainty that comes with the prediction. A network is planned and run again where the machine's speed changed
+meanwhile (`benchmarks.steady`). ``--save`` writes ``benchmarks/results/plans.md`` and ``.json``.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ import frostline as fl
 from benchmarks import models
 from benchmarks.costing import conditions
 from benchmarks.planning import drawn_importance
+from benchmarks.steady import steadily
 from frostline.measuring.case import Case, Source
 from frostline.measuring.rounds import measure_cases
 
@@ -36,8 +37,6 @@ BUDGETS = (
     ("step_flops", "50%"), ("step_flops", "75%"), ("saved_bytes", "40%"), ("peak_bytes", "70%"),
     ("step_seconds", "50%"), ("step_seconds", "65%"), ("step_seconds", "80%"),
 )  # fmt: skip
-DISTURBED = 0.1  # a full step takes so much more or less, predicted again
-TRIES = 3
 PEAK_ERROR = 0.03  # README: what a predicted peak may be off
 HEAD = ("network", "budget", "of it: predicted", "really run", "allowed for error", "within")
 
@@ -61,30 +60,11 @@ class Row:
         return as_said and self.predicted <= self.limit and self.measured <= self.limit + self.stated_error
 
 
-def rows_of(network: str, rounds: int | None) -> list[Row]:
-    """Every budget of one network, on a machine that was as fast after as before."""
+def rows_of(network: str, rounds: int | None) -> Iterator[Row]:
+    """Every budget of one network."""
     model, inputs, loss = getattr(models, network)()
     trace = fl.trace(model, inputs, loss)
-    for _ in range(TRIES):
-        before = full_seconds(trace)
-        rows = list(planned_and_run(network, trace, rounds))
-        drift = full_seconds(trace) / before - 1
-        if abs(drift) <= DISTURBED:
-            break
-        print(f"{network}: a full step takes {1 + drift:.0%} of what it took before", flush=True)
-    return rows
-
-
-def full_seconds(trace: fl.Trace) -> float:
-    """Of a full step, by the timings there are, on the machine as fast as it is now."""
     trace.calibrate()
-    seconds = trace.cost("@all", method=METHOD).step_seconds
-    assert seconds is not None
-    return seconds
-
-
-def planned_and_run(network: str, trace: fl.Trace, rounds: int | None) -> Iterator[Row]:
-    """Every budget of one network, as the trace is calibrated."""
     importance = drawn_importance(list(trace.parameters))
     plans, asked = [], []
     for figure, share in BUDGETS:
@@ -139,7 +119,7 @@ def main() -> None:
     rows: list[Row] = []
     for network in asked.networks or NETWORKS:
         print(network, flush=True)
-        rows += rows_of(network, asked.rounds)
+        rows += steadily(network, partial(rows_of, network, asked.rounds))
     Console().print(Markdown(markdown(rows)))
     if asked.save:
         (HERE / "results" / "plans.md").write_text(markdown(rows), encoding="utf-8")

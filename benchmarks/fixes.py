@@ -4,7 +4,8 @@ For each rule of `frostline watch` whose findings have figures, a script of a re
 and calibrated; then it and the same script with the fix put where the report says are both run as ``frostline measure``
 runs a training script, turn by turn in fresh processes. FLOPs and kept bytes have to be equal to what was said, and
 seconds saved within the stated error of both predictions; what page faults took stands beside. A script is watched and
-run again where the machine's speed changed meanwhile (`benchmarks.steady`). ``--save`` writes ``benchmarks/results/fixes.md`` and ``fixes.json``.
+run again where the machine's speed changed meanwhile (`benchmarks.steady`). ``--save`` writes
+``benchmarks/results/fixes.md`` and ``fixes.json``.
 
 ``unneeded-saved-tensors``'s fix is a run of `frostline.train_only`, which the script opens itself: there the first
 script is run by that method.

@@ -1,4 +1,4 @@
-"""A machine that is as fast after as before, for what is predicted first and run then: its speed may change in minutes."""
+"""A machine as fast after as before, for what is predicted first and run then: its speed may change within minutes."""
 
 from __future__ import annotations
 

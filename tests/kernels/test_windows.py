@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frostline.kernels import windows
+from frostline.kernels import lean_kernels, windows
+from frostline.kernels.lean import NotCoveredError
 
 POOLS = [
     ((7, 9), {"kernel_size": 2}),
@@ -26,9 +27,7 @@ def of(shape: tuple[int, ...], how: dict) -> windows.Windows:
         return given if isinstance(given, tuple) else (given,)
 
     stride = each("stride", 0) if "stride" in how else ()
-    found = windows.windows_of(shape, each("kernel_size", 0), stride, each("padding", 0), each("dilation", 1))
-    assert found is not None
-    return found
+    return windows.windows_of(shape, each("kernel_size", 0), stride, each("padding", 0), each("dilation", 1))
 
 
 @pytest.mark.parametrize(("shape", "how"), POOLS, ids=str)
@@ -59,5 +58,20 @@ def in_every_second_place(tensor: Tensor) -> Tensor:
 
 
 def test_a_window_without_an_element_of_the_input_is_not_covered() -> None:
-    assert windows.windows_of((9, 9), (3,), (1,), (1,), (2,)) is None
-    assert windows.windows_of((9, 9), (3, 3), (), (1, 1), (1, 1)) is not None
+    with pytest.raises(NotCoveredError, match="no element"):
+        windows.windows_of((9, 9), (3,), (1,), (1,), (2,))
+    assert windows.windows_of((9, 9), (3, 3), (), (1, 1), (1, 1)) == windows.windows_of((9, 9), (3,), (), (1,), (1,))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"kernel_size": 0}, {"kernel_size": (2, 2, 2)}, {"kernel_size": 2, "stride": (1, 1, 1)}, {"kernel_size": 99}],
+    ids=str,
+)
+def test_what_torch_refuses_it_refuses_as_ever(how: dict) -> None:
+    x = torch.randn(1, 2, 8, 8, requires_grad=True)
+    with pytest.raises(RuntimeError) as eager:
+        F.max_pool2d(x, **how)
+    with lean_kernels(), pytest.raises(RuntimeError) as ours:
+        F.max_pool2d(x, **how)
+    assert str(ours.value) == str(eager.value)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
-from .lean import LeanKernels, NotCoveredError, leaves_out, replaces
+from .lean import LeanKernels, leaves_out, replaces
 from .leaving_out import users_hooks
 from .unread import Looks, unread
 from .unseen import aside
-from .windows import NUM_BYTES, Windows, windows_of
+from .windows import Windows, windows_of
 
 _aten = torch.ops.aten
 
@@ -66,10 +66,6 @@ def max_pool(
 ) -> Any:
     shape = tuple(input.shape[-2 if "2d" in op._schema.name else -3 :])
     windows = windows_of(shape, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-    if windows is None:
-        raise NotCoveredError("a window may have no element of the input")
-    if len(windows.offsets) > NUM_BYTES:
-        raise NotCoveredError("a place in its window takes more than a byte")
     hooks = users_hooks()
     name = "is output 1 of MaxPool2DWithIndicesBackward0"
     holder = None if hooks is not None else Holder(windows.pack, windows.unpack, name, run)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .lean import NotCoveredError
 from .unseen import unseen
 
 try:
@@ -51,17 +52,22 @@ class Windows(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def windows_of(shape: Numbers, kernel: Numbers, stride: Numbers, padding: Numbers, dilation: Numbers) -> Windows | None:
+def windows_of(shape: Numbers, kernel: Numbers, stride: Numbers, padding: Numbers, dilation: Numbers) -> Windows:
     """The windows of a pool over an input that ends in ``shape``, of as many dimensions as the pool.
 
-    Returns:
-        None: a window may have no element of the input, where an index means nothing.
+    Raises:
+        NotCoveredError: a byte cannot tell; or a window may have no element of the input, where an index means nothing;
+            or torch refuses the pool.
     """
     dims = len(shape)
     kernel, padding, dilation = (given * dims if len(given) == 1 else given for given in (kernel, padding, dilation))
     stride = (stride * dims if len(stride) == 1 else stride) or kernel
+    if {len(kernel), len(stride), len(padding), len(dilation)} != {dims} or min(kernel) < 1:
+        raise NotCoveredError("torch refuses it")
+    if prod(kernel) > NUM_BYTES:
+        raise NotCoveredError("a place in its window takes more than a byte")
     if any(d != 1 and p != 0 for d, p in zip(dilation, padding, strict=True)):
-        return None
+        raise NotCoveredError("a window may have no element of the input")
     steps = [prod(shape[dim + 1 :]) for dim in range(dims)]
     first = tuple(-p * step for p, step in zip(padding, steps, strict=True))
     apart = tuple(s * step for s, step in zip(stride, steps, strict=True))

@@ -5,7 +5,8 @@ Each network's subsets by ``freeze``, by the scheme of memsave_torch (`benchmark
 turn. Prints, for each row, what autograd kept when the loss returned, the peak that torch's allocator saw, and a step's
 seconds, beside ``freeze`` (of each round's two turns, which lie seconds apart, the ratio; of the rounds, the median);
 ``--save`` writes ``benchmarks/results/training.md`` and ``.json``, where rows that were not run again stay. CNNs run
-with their batch norms in eval mode, as when few images are at hand.
+with their batch norms in eval mode, as when few images are at hand. On another ``--device``, with larger batches and
+saved apart, ``freeze`` and ``train-only`` are run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import nn
 from benchmarks import models
 from benchmarks.accuracy import quantile
 from benchmarks.costing import conditions
+from benchmarks.larger import TIMES
 from frostline.measuring.case import Case, Source
 from frostline.measuring.rounds import measure_cases
 
@@ -68,14 +70,15 @@ def subsets(model: nn.Module) -> dict[str, list[str]]:
     return {label: chosen for label, chosen in found.items() if chosen}
 
 
-def rows_of(network: str, ways: Sequence[str], rounds: int | None) -> Iterator[Row]:
+def rows_of(network: str, ways: Sequence[str], rounds: int | None, device: str | None = None) -> Iterator[Row]:
     """The rows of one network."""
     model, *_ = getattr(models, network)()
     asked = [(label, names, way) for label, names in subsets(model).items() for way in ways]
     if network == "lora_bert":
         asked = [each for each in asked if each[0] == "LoRA"]
     eval_mode = network in CNNS
-    sources = [Source(f"{HERE / WAYS[way]}:{network}", eval_mode=eval_mode) for _, _, way in asked]
+    files = ["larger.py" if device else WAYS[way] for _, _, way in asked]
+    sources = [Source(f"{HERE / file}:{network}", eval_mode=eval_mode, device=device) for file in files]
     cases = [Case.of(tuple(names), "train-only" if way == "train-only" else "freeze") for _, names, way in asked]
     outcomes = measure_cases(
         sources, cases, rounds=rounds, warm_up=2, threads=torch.get_num_threads(), together=True, examine=True
@@ -147,9 +150,9 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [cells(row, base[row.network, row.subset]) for row in rows]
 
 
-def save(rows: Sequence[Row]) -> None:
+def save(rows: Sequence[Row], device: str | None = None) -> None:
     """Write both files; other rows stay as they are."""
-    kept = HERE / "results" / "training.json"
+    kept = HERE / "results" / (f"training-{device}.json" if device else "training.json")
     before = [Row(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
     anew = {(row.network, row.way) for row in rows}
     subset_order = list(dict.fromkeys(row.subset for row in (*rows, *before)))
@@ -160,7 +163,9 @@ def save(rows: Sequence[Row]) -> None:
     lines = ["# Training a part, by method", "", *(f"- {line}" for line in verdicts(rows)), ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
     lines += ["| " + " | ".join(line) + " |" for line in table(rows)]
-    (HERE / "results" / "training.md").write_text("\n".join([*lines, "", *conditions(), ""]))
+    if device:
+        lines += ["", f"On {torch.cuda.get_device_name(device)}; batches {TIMES} x those of the table of the CPU."]
+    kept.with_suffix(".md").write_text("\n".join([*lines, "", *conditions(), ""]))
     kept.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
@@ -172,17 +177,20 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile in place of the others: a minute or more for each row"
     )
+    parser.add_argument("--device", help="run there, with batches that give an accelerator work")
     parser.add_argument("--save", action="store_true")
     asked = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     ways = ["freeze", "compile"] if asked.compile else [way for way in WAYS if way != "compile"]
+    if asked.device:
+        ways = ["freeze", "train-only"]
     rows: list[Row] = []
     for network in NETWORKS:
         if not asked.networks or network in asked.networks:
             print(network, flush=True)
-            rows += rows_of(network, ways, asked.rounds)
+            rows += rows_of(network, ways, asked.rounds, asked.device)
             if asked.save:
-                save([row for row in rows if row.way == "compile" or not asked.compile])
+                save([row for row in rows if row.way == "compile" or not asked.compile], asked.device)
     console = Console()
     shown = Table(*HEAD)
     for line in table(rows):

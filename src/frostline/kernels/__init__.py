@@ -10,12 +10,11 @@ from . import activation, convolution, dropout, normalization, pooling  # noqa: 
 from .function import is_replaced
 from .holding import Holder, settle
 from .lean import LeanKernels, fallbacks, holders, kernels_active, lean_kernels, replaced_ops, watched_kernels
-from .leaving_out import Kept, users_hooks
+from .leaving_out import users_hooks
 from .unread import takes_no_memory
 
 __all__ = [
     "Holder",
-    "Kept",
     "LeanKernels",
     "fallbacks",
     "holders",

@@ -17,7 +17,7 @@ from torch import Tensor
 from .bits import NoBitsError, above, between, let_through, not_up_to, pack_bits, unpack_bits
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
-from .lean import LeanKernels, NotCoveredError, replaces
+from .lean import LeanKernels, NotCoveredError, Op, replaces
 from .leaving_out import users_hooks
 from .unread import Looks, lies_alike
 from .unseen import aside, unseen
@@ -49,7 +49,7 @@ class Gate:
 class Gated(Kernel):
     @staticmethod
     def forward(
-        ctx: Any, op: Any, gate: Gate, holder: Holder, looks: Looks, input: Tensor, *how: Any
+        ctx: Any, op: Op, gate: Gate, holder: Holder, looks: Looks, input: Tensor, *how: Any
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.gate, ctx.holder, ctx.looks = gate, holder, looks
@@ -59,7 +59,7 @@ class Gated(Kernel):
                 with aside(input):
                     bits = gate.bits(input)
                 kept = input.clone() if bits is None else input
-            result = op._op(input, *how)
+            result = op.call(input, *how)
         with aside(input):
             if bits is not None:
                 holder.hold_packed(bits)
@@ -99,8 +99,8 @@ def _backward(op: Any, gradient: Tensor, kept: Tensor, args: Sequence[Any], *, s
     return found if isinstance(found, Tensor) else found[0]
 
 
-def _run(run: LeanKernels, op: Any, gate: Gate, input: Tensor, *how: Any) -> Any:
-    if op._schema.is_mutable and (input._is_view() or input.is_leaf):
+def _run(run: LeanKernels, op: Op, gate: Gate, input: Tensor, *how: Any) -> Any:
+    if op.is_in_place and (input._is_view() or input.is_leaf):
         raise NotCoveredError("written in place to a view or a leaf")
     if users_hooks() is not None:
         raise NotCoveredError("saved-tensor hooks are to see what is kept")
@@ -111,7 +111,7 @@ def _run(run: LeanKernels, op: Any, gate: Gate, input: Tensor, *how: Any) -> Any
     def ones_and_zeros(bits: Tensor) -> Tensor:
         return unpack_bits(bits, looks.shape, looks.stride, looks.dtype)
 
-    holder = Holder(gate.bits, ones_and_zeros, _node(op), run)
+    holder = Holder(gate.bits, ones_and_zeros, _node(op.name), run)
     result, _anchor = Gated.run(op, gate, holder, looks, input, *how)
     if gate.keeps != "copy":
         holder.watch(result if gate.keeps == "result" else input)
@@ -119,8 +119,8 @@ def _run(run: LeanKernels, op: Any, gate: Gate, input: Tensor, *how: Any) -> Any
 
 
 @cache
-def _node(op: Any) -> str:
-    return f"is output 0 of {op._schema.name.removeprefix('aten::').title()}Backward0"
+def _node(op: str) -> str:
+    return f"is output 0 of {op.title()}Backward0"
 
 
 def _above(threshold: float) -> Callable[[Tensor], Tensor]:
@@ -173,7 +173,7 @@ def _relu() -> Gate:
 
 
 @replaces("relu", "relu_")
-def relu(run: LeanKernels, op: Any, input: Tensor) -> Any:
+def relu(run: LeanKernels, op: Op, input: Tensor) -> Any:
     return _run(run, op, _relu(), input)
 
 
@@ -183,8 +183,8 @@ def _threshold(keeps: str, threshold: float) -> Gate:
 
 
 @replaces("threshold", "threshold_")
-def threshold(run: LeanKernels, op: Any, input: Tensor, threshold: float, value: float) -> Any:
-    keeps = "copy" if op._schema.is_mutable else "input"
+def threshold(run: LeanKernels, op: Op, input: Tensor, threshold: float, value: float) -> Any:
+    keeps = "copy" if op.is_in_place else "input"
     return _run(run, op, _threshold(keeps, threshold), input, threshold, value)
 
 
@@ -194,8 +194,8 @@ def _hardtanh(keeps: str, low: float, high: float) -> Gate:
 
 
 @replaces("hardtanh", "hardtanh_")
-def hardtanh(run: LeanKernels, op: Any, input: Tensor, low: float, high: float) -> Any:
-    keeps = "copy" if op._schema.is_mutable else "input"
+def hardtanh(run: LeanKernels, op: Op, input: Tensor, low: float, high: float) -> Any:
+    keeps = "copy" if op.is_in_place else "input"
     return _run(run, op, _hardtanh(keeps, low, high), input, low, high)
 
 
@@ -206,15 +206,15 @@ def _leaky_relu(slope: float, in_place: bool) -> Gate:
 
 
 @replaces("leaky_relu", "leaky_relu_")
-def leaky_relu(run: LeanKernels, op: Any, input: Tensor, slope: float) -> Any:
-    in_place = op._schema.is_mutable
+def leaky_relu(run: LeanKernels, op: Op, input: Tensor, slope: float) -> Any:
+    in_place = op.is_in_place
     if in_place and slope < 0:
         return NotImplemented  # its backward refuses this
     return _run(run, op, _leaky_relu(slope, in_place), input, slope)
 
 
 @replaces("_prelu_kernel")
-def prelu(run: LeanKernels, op: Any, input: Tensor, weight: Tensor) -> Any:
+def prelu(run: LeanKernels, op: Op, input: Tensor, weight: Tensor) -> Any:
     if weight.requires_grad:
         return NotImplemented
     return _run(

@@ -10,7 +10,7 @@ from .lean import leaves_out
 
 
 @leaves_out("convolution")
-def convolution(input: Tensor, weight: Tensor, *_how: Any) -> tuple[Tensor, ...]:
+def convolution(input: Tensor, weight: Tensor, *_how: Any) -> tuple[str, ...]:
     if weight.requires_grad:
-        return () if input.requires_grad else (weight,)
-    return (input,) if input.requires_grad else (input, weight)
+        return () if input.requires_grad else ("weight",)
+    return ("input",) if input.requires_grad else ("input", "weight")

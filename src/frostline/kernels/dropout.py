@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .bits import above, let_through, pack_bits, unpack_bits
 from .function import Kernel, below_autograd
-from .lean import LeanKernels, NotCoveredError, replaces
+from .lean import LeanKernels, NotCoveredError, Op, replaces
 from .unread import Looks, lies_alike
 from .unseen import aside, unseen
 
@@ -27,7 +27,7 @@ def _scale(dtype: torch.dtype, p: float) -> float:
 
 class Dropout(Kernel):
     @staticmethod
-    def forward(ctx: Any, run: LeanKernels, op: Any, input: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, run: LeanKernels, op: Op, input: Tensor, p: float) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.p = p
         with below_autograd():
@@ -36,7 +36,7 @@ class Dropout(Kernel):
             with aside(noise):
                 run.save(ctx, pack_bits(noise, above(0.0)))
             torch.ops.aten.div_.Scalar(noise, 1 - p)
-            if not op._schema.is_mutable:
+            if not op.is_in_place:
                 return input * noise
             ctx.mark_dirty(input)
             return input.mul_(noise)
@@ -54,23 +54,23 @@ class Dropout(Kernel):
 
 
 @replaces("dropout", "dropout_")
-def dropout(run: LeanKernels, op: Any, input: Tensor, p: float, train: bool) -> Any:
+def dropout(run: LeanKernels, op: Op, input: Tensor, p: float, train: bool) -> Any:
     if not train or p == 0 or p == 1 or input.numel() == 0:
         return NotImplemented
-    if input.device.type != "cpu" and not op._schema.is_mutable:  # there it ends in native_dropout
+    if input.device.type != "cpu" and not op.is_in_place:  # there it ends in native_dropout
         return NotImplemented
-    if op._schema.is_mutable and (input._is_view() or input.is_leaf):
+    if op.is_in_place and (input._is_view() or input.is_leaf):
         raise NotCoveredError("written in place to a view or a leaf")
     return Dropout.run(run, op, input, p)
 
 
 class NativeDropout(Kernel):
     @staticmethod
-    def forward(ctx: Any, run: LeanKernels, op: Any, input: Tensor, p: float, train: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, run: LeanKernels, op: Op, input: Tensor, p: float, train: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.scale = 1 / (1 - p)
         with below_autograd():
-            result, mask = op(input, p, train)
+            result, mask = op.call(input, p, train)
             with aside(mask):
                 run.save(ctx, pack_bits(mask))
         ctx.looks = Looks.of(mask)
@@ -89,7 +89,7 @@ class NativeDropout(Kernel):
 
 
 @replaces("native_dropout")
-def native_dropout(run: LeanKernels, op: Any, input: Tensor, p: float, train: bool | None) -> Any:
+def native_dropout(run: LeanKernels, op: Op, input: Tensor, p: float, train: bool | None) -> Any:
     if train is False or p == 0 or p == 1 or input.numel() == 0:
         return NotImplemented
     return NativeDropout.run(run, op, input, p, train)

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .holding import Holder, collected, live_holders, look_again, waiting
-from .leaving_out import LeaveOut, hooks_disabled
+from .leaving_out import LeaveOut, hooks_disabled, leave_out, users_hooks
 
 _TLS = "frostline.kernels"  # torch carries objects stashed under a name to the engine's threads
 _KEYS = {"AutogradCPU": DispatchKey.AutogradCPU, "AutogradCUDA": DispatchKey.AutogradCUDA}
 _OWN = DispatchKeySet(DispatchKey.AutogradOther)  # where torch's own kernel for all devices is still found
+_OF_DENSE = (DispatchKey.CPU, DispatchKey.CUDA, DispatchKey.ADInplaceOrView, DispatchKey.AutogradOther)
 
 Rule = Callable[..., Any]
 _rules: dict[str, Rule] = {}  # by op
@@ -42,6 +44,21 @@ _library: torch.library.Library | None = None
 
 class NotCoveredError(Exception):
     """Raised by a rule: this case runs by torch's own kernel, which keeps more than is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """An op as rules get it.
+
+    Attributes:
+        call: runs it.
+        is_in_place: whether it writes to its input.
+        name: in ``aten``.
+    """
+
+    call: Callable[..., Any]
+    is_in_place: bool
+    name: str
 
 
 def replaces(*names: str) -> Callable[[Rule], Rule]:
@@ -61,7 +78,7 @@ def replaces(*names: str) -> Callable[[Rule], Rule]:
 def leaves_out(*names: str) -> Callable[[Rule], Rule]:
     """Register what the nodes that torch makes for ops of ``aten`` need not save.
 
-    A rule is called with all the op's arguments, and returns those of its tensors that no asked gradient reads.
+    A rule is called with all the op's arguments, and returns the names of its tensors that no asked gradient reads.
     """
 
     def register(rule: Rule) -> Rule:
@@ -201,21 +218,22 @@ def _uninstall() -> None:
 
 
 def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
-    op = getattr(torch.ops.aten, name).default
-    redispatch = op._handle.redispatch_boxed
-    defaults = [argument.default_value for argument in op._schema.arguments]
+    overload = getattr(torch.ops.aten, name).default
+    schema = overload._schema
+    op = Op(overload._op, schema.is_mutable, name)
+    redispatch = overload._handle.redispatch_boxed
+    defaults = [argument.default_value for argument in schema.arguments]
     leaves = rule in _leave_out
-    num_tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)  # which come first
-    owns: dict[int, DispatchKeySet] = {}
-
-    def own(keyset: DispatchKeySet) -> DispatchKeySet:
-        raw = keyset.raw_repr()
-        found = owns.get(raw)
-        if found is None:
-            found = owns[raw] = _own(keyset, key)
-        return found
+    num_tensors = sum("Tensor" in str(argument.type) for argument in schema.arguments)  # which come first
+    places = {argument.name: place for place, argument in enumerate(schema.arguments[:num_tensors])}
+    saved = {name: f"_raw_saved_{name}" for name in places}
+    ways: dict[int, tuple[DispatchKeySet, bool]] = {}
 
     def kernel(keyset: DispatchKeySet, *args: Any) -> Any:  # (those at the end may be left out)
+        raw = keyset.raw_repr()
+        if raw not in ways:
+            ways[raw] = _own(keyset, key), _are_plain(keyset, key)
+        own, plain = ways[raw]
         tensors = [arg for arg in args[:num_tensors] if arg is not None]
         if any([tensor.requires_grad for tensor in tensors]) and _is_grad_enabled():  # noqa: C419 (a step fewer)
             run = _current()
@@ -226,14 +244,20 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
                     if leaves:
                         unread = rule(*args, *defaults[len(args) :])
                         if unread:
-                            if not _is_plain_eager(tensors):
+                            if not _is_plain_eager(tensors, plain):
                                 raise NotCoveredError(_why_not_plain(tensors))
+                            if users_hooks() is None:
+                                run.num_replaced += 1
+                                result = redispatch(own, *args)
+                                first = result if isinstance(result, Tensor) else result[0]
+                                leave_out(first.grad_fn, [saved[name] for name in unread], first)
+                                return result
                             if hooks_disabled():
                                 raise NotCoveredError("saved-tensor hooks are disabled")
                             run.num_replaced += 1
-                            with LeaveOut(unread):
-                                return redispatch(own(keyset), *args)
-                    elif not _is_plain_eager(tensors):
+                            with LeaveOut([args[places[name]] for name in unread]):
+                                return redispatch(own, *args)
+                    elif not _is_plain_eager(tensors, plain):
                         raise NotCoveredError(_why_not_plain(tensors))
                     else:
                         result = rule(run, op, *args, *defaults[len(args) :])
@@ -242,7 +266,7 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
                             return result
                 except NotCoveredError as why:
                     run.fallbacks.setdefault(name, Counter())[str(why)] += 1
-        return redispatch(own(keyset), *args)
+        return redispatch(own, *args)
 
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameAction.SKIP  # a compiler that comes upon it, between its graphs, is to leave it alone
@@ -258,13 +282,22 @@ def _own(keyset: DispatchKeySet, key: DispatchKey) -> DispatchKeySet:
     return keyset.remove(key).remove(DispatchKey.PythonDispatcher) | _OWN
 
 
+def _are_plain(keyset: DispatchKeySet, key: DispatchKey) -> bool:
+    """Whether it is that of dense tensors as they come, with no mode on."""
+    for expected in (key, *_OF_DENSE):
+        keyset = keyset.remove(expected)
+    return keyset.raw_repr() == 0
+
+
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, FakeTensor))
 
 
-def _is_plain_eager(tensors: list[Tensor]) -> bool:
+def _is_plain_eager(tensors: list[Tensor], plain_keys: bool) -> bool:
     for t in tensors:
         kind = type(t)
-        if kind not in _PLAIN or t.layout is not _STRIDED or not t.is_floating_point() or t.is_neg():
+        if kind not in _PLAIN or not t.is_floating_point():
+            return False
+        if not plain_keys and (t.layout is not _STRIDED or t.is_neg()):
             return False
         if kind is FakeTensor and _compiling() is not None:
             return False

@@ -1,8 +1,8 @@
 """Leaving tensors out of what torch's own node saves, where its backward takes them and does not read them.
 
-While a `LeaveOut` is entered, the node that is made saves stand-ins for those tensors. This goes through torch's
-saved-tensor hooks, set around one op: so what hooks switch off is done here. A tensor that is saved as it is has its
-version checked when it is read, and hooks of the user's get what they would have got without ours.
+The node saves stand-ins for them. Once it is made, `leave_out` sets hooks on those of its saved tensors alone; all
+others stay as torch saved them. Where the user has saved-tensor hooks set, which are not to see what is left out, it is
+made within a `LeaveOut`, which gives them the others.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .holding import modified
 from .unread import Looks, unread_later
+from .unseen import aside
 
 _hooks: Any = torch._C._autograd
 _top_hooks = _hooks._top_saved_tensors_default_hooks
@@ -23,8 +23,22 @@ _push_hooks = _hooks._push_saved_tensors_default_hooks
 _pop_hooks = _hooks._pop_saved_tensors_default_hooks
 
 
+def leave_out(node: Any, saved: Iterable[str], beside: Tensor) -> None:
+    """Have ``node`` let go of what it saved under those names."""
+    with aside(beside):
+        for name in saved:
+            getattr(node, name).register_hooks(_stand_in, _unpack)
+
+
+def _stand_in(tensor: Tensor) -> Callable[[], Tensor]:
+    return unread_later(Looks.of(tensor), tensor)
+
+
 class LeaveOut:
-    """A context in which nodes do not save the tensors given; it is also the hook that says what they save."""
+    """A context in which nodes do not save the tensors given; it is also the hook that says what they save.
+
+    To be entered where the user's own hooks are set.
+    """
 
     __slots__ = ("_left", "_users")
 
@@ -41,27 +55,9 @@ class LeaveOut:
 
     def __call__(self, tensor: Tensor) -> Callable[[], Tensor]:
         if id(tensor) in self._left:
-            return unread_later(Looks.of(tensor), tensor)
-        if self._users is None:
-            return Kept(tensor)
+            return _stand_in(tensor)
         pack, unpack = self._users
         return partial(unpack, pack(tensor))
-
-
-class Kept:
-    """A tensor that a node saves as it is."""
-
-    __slots__ = ("_version", "tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self._version = tensor._version
-
-    def __call__(self) -> Tensor:
-        tensor = self.tensor
-        if tensor._version != self._version:
-            raise modified(tensor, self._version)
-        return tensor
 
 
 def _unpack(packed: Callable[[], Tensor]) -> Tensor:

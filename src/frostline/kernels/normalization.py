@@ -23,10 +23,10 @@ def batch_norm(
     var: Tensor | None,
     training: bool,
     *_how: Any,
-) -> list[Tensor]:
+) -> list[str]:
     scale_trains = weight is not None and weight.requires_grad
-    unread = [] if scale_trains or (training and input.requires_grad) else [input]
+    unread = [] if scale_trains or (training and input.requires_grad) else ["input"]
     shift_trains = bias is not None and bias.requires_grad
     if training and mean is not None and var is not None and not scale_trains and not shift_trains:
-        unread += [mean, var]
+        unread += ["running_mean", "running_var"]
     return unread

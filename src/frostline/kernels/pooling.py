@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
-from .lean import LeanKernels, leaves_out, replaces
+from .lean import LeanKernels, Op, leaves_out, replaces
 from .leaving_out import users_hooks
 from .unread import Looks, unread
 from .unseen import aside
@@ -22,13 +22,13 @@ _aten = torch.ops.aten
 
 
 @leaves_out("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
-def average_pool(input: Tensor, *_how: Any) -> tuple[Tensor]:
-    return (input,)
+def average_pool(*_how: Any) -> tuple[str]:
+    return ("self",)
 
 
 class MaxPool(Kernel):
     @staticmethod
-    def forward(ctx: Any, op: Any, windows: Windows, holder: Holder | None, input: Tensor, *how: Any) -> Any:
+    def forward(ctx: Any, op: Op, windows: Windows, holder: Holder | None, input: Tensor, *how: Any) -> Any:
         ctx.set_materialize_grads(False)
         ctx.op = (
             _aten.max_pool2d_with_indices_backward
@@ -37,7 +37,7 @@ class MaxPool(Kernel):
         )
         ctx.windows, ctx.holder, ctx.looks, ctx.how = windows, holder, Looks.of(input), how
         with below_autograd():
-            result, indices = op(input, *how)
+            result, indices = op.call(input, *how)
             packed = [windows.pack(indices)] if holder is None else []
         with aside(input):
             if holder is not None:
@@ -62,9 +62,9 @@ class MaxPool(Kernel):
 
 @replaces("max_pool2d_with_indices", "max_pool3d_with_indices")
 def max_pool(
-    run: LeanKernels, op: Any, input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+    run: LeanKernels, op: Op, input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> Any:
-    shape = tuple(input.shape[-2 if "2d" in op._schema.name else -3 :])
+    shape = tuple(input.shape[-2 if "2d" in op.name else -3 :])
     windows = windows_of(shape, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
     hooks = users_hooks()
     name = "is output 1 of MaxPool2DWithIndicesBackward0"

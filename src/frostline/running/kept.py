@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from frostline.kernels import Holder, Kept, is_replaced, settle
+from frostline.kernels import Holder, is_replaced, settle
 from frostline.probing.storages import attributes, lazy_addresses, lies_at, living, storages_of
 
 
@@ -83,9 +83,7 @@ def saved_by(node: Any) -> Iterator[Any]:
             raw = getattr(node, name)
             for each in raw if isinstance(raw, (tuple, list)) else (raw,):
                 data = getattr(each, "data", None)  # what a hook of the user's made of it may be anything
-                if isinstance(data, Kept):
-                    yield data.tensor
-                elif isinstance(data, Tensor):
+                if isinstance(data, Tensor):
                     yield data
 
 

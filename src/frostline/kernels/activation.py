@@ -128,7 +128,7 @@ def _above(threshold: float) -> Callable[[Tensor], Tensor]:
     condition = not_up_to(threshold)
 
     def bits(kept: Tensor) -> Tensor:
-        if kept.device.type == "cpu":
+        if kept.is_cpu:
             return pack_bits(kept, condition)
         return pack_bits(kept, not_up_to(_rounded(threshold, kept.dtype)))
 
@@ -153,7 +153,7 @@ def _between(low: float, high: float) -> Callable[[Tensor], Tensor | None]:
 
     def bits(kept: Tensor) -> Tensor | None:
         try:
-            return pack_bits(kept, condition if kept.device.type == "cpu" else not_outside)
+            return pack_bits(kept, condition if kept.is_cpu else not_outside)
         except NoBitsError:
             return None
 

@@ -93,12 +93,12 @@ def pack_bits(tensor: Tensor, condition: Condition | Callable[[Tensor], Tensor] 
         NoBitsError: the condition raised it.
     """
     count = tensor.numel()
-    if tensor.device.type != "cpu" and not isinstance(tensor, FakeTensor):
+    if isinstance(tensor, FakeTensor):
+        return torch.empty(packed_nbytes(count), dtype=torch.uint8, device=tensor.device)
+    if not tensor.is_cpu:
         flat = _flat(tensor)
         return _packed(flat, flat) if condition is None else _packed(condition(_wide(flat)))
-    bits = torch.empty(packed_nbytes(count), dtype=torch.uint8, device=tensor.device)
-    if isinstance(tensor, FakeTensor):
-        return bits
+    bits = torch.empty(packed_nbytes(count), dtype=torch.uint8, device="cpu")
     if not isinstance(condition, Condition):
         answers = _flat(tensor) if condition is None else condition(_flat(tensor))
         bits.numpy()[:] = numpy.packbits(answers.numpy(), bitorder="little")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .lean import leaves_out
 
 
 @leaves_out("convolution")
-def convolution(input: Tensor, weight: Tensor, *_how: Any) -> tuple[str, ...]:
+def convolution(input: Tensor, weight: Tensor) -> tuple[str, ...]:
     if weight.requires_grad:
         return () if input.requires_grad else ("weight",)
     return ("input",) if input.requires_grad else ("input", "weight")

@@ -16,7 +16,7 @@ import gc
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .holding import Holder, collected, live_holders, look_again, waiting
 from .leaving_out import LeaveOut, hooks_disabled, leave_out, users_hooks
+from .unseen import aside
 
 _TLS = "frostline.kernels"  # torch carries objects stashed under a name to the engine's threads
 _KEYS = {"AutogradCPU": DispatchKey.AutogradCPU, "AutogradCUDA": DispatchKey.AutogradCUDA}
@@ -78,7 +79,8 @@ def replaces(*names: str) -> Callable[[Rule], Rule]:
 def leaves_out(*names: str) -> Callable[[Rule], Rule]:
     """Register what the nodes that torch makes for ops of ``aten`` need not save.
 
-    A rule is called with all the op's arguments, and returns the names of its tensors that no asked gradient reads.
+    A rule is called with the op's first arguments, as many as it takes, and returns the names of those of its tensors
+    that no asked gradient reads.
     """
 
     def register(rule: Rule) -> Rule:
@@ -223,10 +225,9 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
     op = Op(overload._op, schema.is_mutable, name)
     redispatch = overload._handle.redispatch_boxed
     defaults = [argument.default_value for argument in schema.arguments]
-    leaves = rule in _leave_out
     num_tensors = sum("Tensor" in str(argument.type) for argument in schema.arguments)  # which come first
     places = {argument.name: place for place, argument in enumerate(schema.arguments[:num_tensors])}
-    saved = {name: f"_raw_saved_{name}" for name in places}
+    num_told = rule.__code__.co_argcount if rule in _leave_out else -1
     ways: dict[int, tuple[DispatchKeySet, bool]] = {}
 
     def kernel(keyset: DispatchKeySet, *args: Any) -> Any:  # (those at the end may be left out)
@@ -234,38 +235,44 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
         if raw not in ways:
             ways[raw] = _own(keyset, key), _are_plain(keyset, key)
         own, plain = ways[raw]
-        tensors = [arg for arg in args[:num_tensors] if arg is not None]
-        if any([tensor.requires_grad for tensor in tensors]) and _is_grad_enabled():  # noqa: C419 (a step fewer)
-            run = _current()
-            if run is not None:
-                if waiting:
-                    look_again()
-                try:
-                    if leaves:
-                        unread = rule(*args, *defaults[len(args) :])
-                        if unread:
-                            if not _is_plain_eager(tensors, plain):
-                                raise NotCoveredError(_why_not_plain(tensors))
-                            if users_hooks() is None:
-                                run.num_replaced += 1
-                                result = redispatch(own, *args)
-                                first = result if isinstance(result, Tensor) else result[0]
-                                leave_out(first.grad_fn, [saved[name] for name in unread], first)
-                                return result
+        tensors = args[:num_tensors]
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                run = _current() if _is_grad_enabled() else None
+                break
+        else:
+            run = None
+        if run is not None:
+            if waiting:
+                look_again()
+            try:
+                if num_told >= 0:
+                    unread = rule(*args[:num_told])
+                    if unread:
+                        _check_plain(tensors, plain)
+                        if users_hooks() is not None:
                             if hooks_disabled():
                                 raise NotCoveredError("saved-tensor hooks are disabled")
                             run.num_replaced += 1
                             with LeaveOut([args[places[name]] for name in unread]):
                                 return redispatch(own, *args)
-                    elif not _is_plain_eager(tensors, plain):
-                        raise NotCoveredError(_why_not_plain(tensors))
-                    else:
-                        result = rule(run, op, *args, *defaults[len(args) :])
-                        if result is not NotImplemented:
-                            run.num_replaced += 1
-                            return result
-                except NotCoveredError as why:
-                    run.fallbacks.setdefault(name, Counter())[str(why)] += 1
+                        run.num_replaced += 1
+                        result = redispatch(own, *args)
+                        first = result if type(result) is not tuple else result[0]
+                        if plain:
+                            leave_out(first.grad_fn, unread)
+                        else:
+                            with aside(first):
+                                leave_out(first.grad_fn, unread)
+                        return result
+                else:
+                    _check_plain(tensors, plain)
+                    result = rule(run, op, *args, *defaults[len(args) :])
+                    if result is not NotImplemented:
+                        run.num_replaced += 1
+                        return result
+            except NotCoveredError as why:
+                run.fallbacks.setdefault(name, Counter())[str(why)] += 1
         return redispatch(own, *args)
 
     dynamo = torch._C._dynamo.eval_frame
@@ -292,16 +299,22 @@ def _are_plain(keyset: DispatchKeySet, key: DispatchKey) -> bool:
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, FakeTensor))
 
 
-def _is_plain_eager(tensors: list[Tensor], plain_keys: bool) -> bool:
+def _check_plain(tensors: Sequence[Tensor | None], plain_keys: bool) -> None:
+    """Raise `NotCoveredError` unless it is eager's autograd alone that is at work, on tensors as they come."""
     for t in tensors:
-        kind = type(t)
-        if kind not in _PLAIN or not t.is_floating_point():
-            return False
-        if not plain_keys and (t.layout is not _STRIDED or t.is_neg()):
-            return False
-        if kind is FakeTensor and _compiling() is not None:
-            return False
-    return not _transforming()
+        if t is not None:
+            kind = type(t)
+            if kind not in _PLAIN:
+                raise NotCoveredError(f"{kind.__name__} is a subclass of Tensor")
+            if not t.is_floating_point() or (not plain_keys and (t.layout is not _STRIDED or t.is_neg())):
+                raise NotCoveredError("not a strided floating-point tensor")
+            if kind is FakeTensor and _compiling() is not None:
+                raise NotCoveredError(_WATCHED)
+    if _transforming():
+        raise NotCoveredError(_WATCHED)
+
+
+_WATCHED = "inside torch.func, forward-mode AD, or a tracer"
 
 
 def _transforming() -> bool:
@@ -322,15 +335,6 @@ _interpreters = torch._C._functorch.peek_interpreter_stack
 _tracing_state, _dispatch_mode = torch._C._get_tracing_state, torch._C._get_dispatch_mode
 _compiling = torch._guards.TracingContext.try_get  # (compilers work on fake tensors)
 _stashed, _is_stashed = torch._C._get_obj_in_tls, torch._C._is_key_in_tls
-
-
-def _why_not_plain(tensors: list[Tensor]) -> str:
-    if _transforming() or _compiling() is not None:
-        return "inside torch.func, forward-mode AD, or a tracer"
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            return f"{type(tensor).__name__} is a subclass of Tensor"
-    return "not a strided floating-point tensor"
 
 
 def replaced_ops() -> frozenset[str]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .unread import Looks, unread_later
-from .unseen import aside
 
 _hooks: Any = torch._C._autograd
 _top_hooks = _hooks._top_saved_tensors_default_hooks
@@ -23,11 +22,10 @@ _push_hooks = _hooks._push_saved_tensors_default_hooks
 _pop_hooks = _hooks._pop_saved_tensors_default_hooks
 
 
-def leave_out(node: Any, saved: Iterable[str], beside: Tensor) -> None:
-    """Have ``node`` let go of what it saved under those names."""
-    with aside(beside):
-        for name in saved:
-            getattr(node, name).register_hooks(_stand_in, _unpack)
+def leave_out(node: Any, names: Iterable[str]) -> None:
+    """Have ``node`` let go of what it saved under those names. To be called where no mode is on, or `aside`."""
+    for name in names:
+        getattr(node, f"_raw_saved_{name}").register_hooks(_stand_in, _unpack)
 
 
 def _stand_in(tensor: Tensor) -> Callable[[], Tensor]:

@@ -7,8 +7,6 @@ backward reads those of the batch. A frozen norm's are copies, which nobody else
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .lean import leaves_out
@@ -22,7 +20,6 @@ def batch_norm(
     mean: Tensor | None,
     var: Tensor | None,
     training: bool,
-    *_how: Any,
 ) -> list[str]:
     scale_trains = weight is not None and weight.requires_grad
     unread = [] if scale_trains or (training and input.requires_grad) else ["input"]

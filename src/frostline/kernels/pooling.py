@@ -22,7 +22,7 @@ _aten = torch.ops.aten
 
 
 @leaves_out("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
-def average_pool(*_how: Any) -> tuple[str]:
+def average_pool() -> tuple[str]:
     return ("self",)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from frostline.kernels import Kept, lean_kernels
+from frostline.kernels import lean_kernels
 
 SPECIAL = (float("inf"), -float("inf"), float("nan"), -0.0, 0.0, 1e-40, -1e-40, 6.0, -1.0, 1.0)
 
@@ -69,7 +69,7 @@ def _saved(node: object) -> list[object]:
         if name.startswith("_raw_saved_"):
             raw = getattr(node, name)
             found += [each.data for each in (raw if isinstance(raw, tuple | list) else [raw])]
-    return [each.tensor if isinstance(each, Kept) else each for each in found]
+    return found
 
 
 def kept_nbytes(result: Tensor, own: Sequence[Tensor] = ()) -> int:

@@ -236,12 +236,7 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
             ways[raw] = _own(keyset, key), _are_plain(keyset, key)
         own, plain = ways[raw]
         tensors = args[:num_tensors]
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                run = _current() if _is_grad_enabled() else None
-                break
-        else:
-            run = None
+        run = _current() if _one_needs_gradient(tensors) and _is_grad_enabled() else None
         if run is not None:
             if waiting:
                 look_again()
@@ -279,6 +274,13 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
     skip = dynamo._FrameAction.SKIP  # a compiler that comes upon it, between its graphs, is to leave it alone
     dynamo.set_code_exec_strategy(kernel.__code__, dynamo._FrameExecStrategy(skip, skip))
     return kernel
+
+
+def _one_needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    for t in tensors:  # noqa: SIM110 (a step fewer; in a frame of its own, since tracers name values by variables)
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def _own(keyset: DispatchKeySet, key: DispatchKey) -> DispatchKeySet:

@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from frostline.kernels import fallbacks, kernels_active, lean_kernels
+from frostline.kernels.lean import _are_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # (torch.func uses it as well)
 
@@ -305,6 +307,19 @@ def test_other_threads_run_torchs_own_kernels() -> None:
         thread.join()
         assert F.relu(_input()).grad_fn.name() != "ReluBackward0"
     assert names == ["ReluBackward0", False]
+
+
+def test_the_dispatchers_keys_tell_plain_tensors_from_others() -> None:
+    def keys(tensor: Tensor) -> torch._C.DispatchKeySet:
+        return torch._C._dispatch_keys(tensor).remove(torch._C.DispatchKey.AutocastCPU)  # (it comes before autograd)
+
+    x = _input()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+    assert all(_are_plain(keys(each)) for each in (x, x.double(), nn.Parameter(x.detach())))
+    others = (torch._neg_view(x), x.detach().to_sparse(), fake, x.to("meta"))
+    assert not any(_are_plain(keys(each)) for each in others)
+    assert not _are_plain(keys(x) | torch._C.DispatchKeySet(torch._C.DispatchKey.Python))  # as where a mode is on
 
 
 _UNDONE = """

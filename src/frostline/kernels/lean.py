@@ -33,7 +33,11 @@ from .unseen import aside
 _TLS = "frostline.kernels"  # torch carries objects stashed under a name to the engine's threads
 _KEYS = {"AutogradCPU": DispatchKey.AutogradCPU, "AutogradCUDA": DispatchKey.AutogradCUDA}
 _OWN = DispatchKeySet(DispatchKey.AutogradOther)  # where torch's own kernel for all devices is still found
-_OF_DENSE = (DispatchKey.CPU, DispatchKey.CUDA, DispatchKey.ADInplaceOrView, DispatchKey.AutogradOther)
+_OF_DENSE = functools.reduce(
+    lambda keys, key: keys.add(key),
+    (DispatchKey.CPU, DispatchKey.CUDA, DispatchKey.ADInplaceOrView, DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA),
+    _OWN,
+)
 
 Rule = Callable[..., Any]
 _rules: dict[str, Rule] = {}  # by op
@@ -233,7 +237,7 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
     def kernel(keyset: DispatchKeySet, *args: Any) -> Any:  # (those at the end may be left out)
         raw = keyset.raw_repr()
         if raw not in ways:
-            ways[raw] = _own(keyset, key), _are_plain(keyset, key)
+            ways[raw] = _own(keyset, key), _are_plain(keyset)
         own, plain = ways[raw]
         tensors = args[:num_tensors]
         run = _current() if _one_needs_gradient(tensors) and _is_grad_enabled() else None
@@ -291,11 +295,9 @@ def _own(keyset: DispatchKeySet, key: DispatchKey) -> DispatchKeySet:
     return keyset.remove(key).remove(DispatchKey.PythonDispatcher) | _OWN
 
 
-def _are_plain(keyset: DispatchKeySet, key: DispatchKey) -> bool:
+def _are_plain(keyset: DispatchKeySet) -> bool:
     """Whether it is that of dense tensors as they come, with no mode on."""
-    for expected in (key, *_OF_DENSE):
-        keyset = keyset.remove(expected)
-    return keyset.raw_repr() == 0
+    return (keyset | _OF_DENSE).raw_repr() == _OF_DENSE.raw_repr()
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, FakeTensor))

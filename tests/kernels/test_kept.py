@@ -33,6 +33,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], int, int]] = {
     "prelu": (lambda x: F.prelu(x, x.new_ones(4)), 4 * NUMEL + 16, 63 + 16),
     "dropout": (F.dropout, 4 * NUMEL, 63),
     "dropout_": (lambda x: F.dropout(x, inplace=True), 4 * NUMEL, 63),
+    "native_dropout": (lambda x: torch.native_dropout(x, 0.5, True)[0], NUMEL, 63),
     "max_pool2d": (lambda x: F.max_pool2d(x, 2), 4 * NUMEL + 8 * 96, 96),
     "avg_pool2d": (lambda x: F.avg_pool2d(x, 2), 4 * NUMEL, 0),
     "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, 2), 4 * NUMEL, 0),

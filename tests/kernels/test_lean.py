@@ -38,13 +38,14 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "prelu": lambda x: F.prelu(x, x.new_full((4,), 0.2)),
     "dropout": lambda x: _seeded(torch.dropout, x),
     "dropout_": lambda x: _seeded(torch.dropout_, x * 1),
+    "native_dropout": lambda x: _seeded(torch.native_dropout, x)[0],
     "max_pool2d": lambda x: F.max_pool2d(x, 2),
     "avg_pool2d": lambda x: F.avg_pool2d(x, 2),
     "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, 2),
 }
 
 
-def _seeded(function: Any, x: Tensor) -> Tensor:
+def _seeded(function: Any, x: Tensor) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return function(x, 0.5, True)

@@ -25,6 +25,7 @@ OPS = {
     "prelu": lambda x: F.prelu(x, torch.linspace(0.1, 0.4, 4, dtype=x.dtype)),
     "dropout": lambda x: F.dropout(x, 0.3),
     "dropout_": lambda x: F.dropout(x, 0.3, inplace=True),
+    "native_dropout": lambda x: torch.native_dropout(x, 0.3, True)[0],
     "max_pool2d": lambda x: F.max_pool2d(x, 3, 2, 1),
     "max_pool2d, ceil": lambda x: F.max_pool2d(x, (2, 3), ceil_mode=True),
     "max_pool2d, dilated": lambda x: F.max_pool2d(x, 2, dilation=2),
@@ -44,7 +45,7 @@ def test_same(op: str, dtype: torch.dtype, last: bool) -> None:
             assert_same(OPS[op], tensor(*shape, dtype=dtype, special=special, last=last).requires_grad_())
 
 
-@pytest.mark.parametrize("op", ["relu", "relu6_", "leaky_relu", "threshold", "dropout", "dropout_"])
+@pytest.mark.parametrize("op", ["relu", "relu6_", "leaky_relu", "threshold", "dropout", "dropout_", "native_dropout"])
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (8,), (9,), (3, 0, 2), (5, 300_000)], ids=str)
 def test_sizes_that_are_no_multiple_of_eight(op: str, shape: tuple[int, ...]) -> None:
     assert_same(OPS[op], tensor(*shape, special=False).requires_grad_())
@@ -63,7 +64,9 @@ def test_values_next_to_a_bound(dtype: torch.dtype, bound: float) -> None:
     assert_same(lambda x: F.hardtanh(x, -bound, bound), x.clone().requires_grad_())
 
 
-@pytest.mark.parametrize("op", ["relu", "relu6", "leaky_relu", "threshold", "dropout", "avg_pool2d", "max_pool2d"])
+@pytest.mark.parametrize(
+    "op", ["relu", "relu6", "leaky_relu", "threshold", "dropout", "native_dropout", "avg_pool2d", "max_pool2d"]
+)
 def test_a_gradient_laid_out_otherwise(op: str) -> None:
     x = tensor(2, 4, 9, 7, last=True, special=False).requires_grad_()
     assert_same(lambda x: OPS[op](x).contiguous() * tensor(1), x)

@@ -163,7 +163,7 @@ def _each_byte(dtype: torch.dtype) -> Tensor:
     return (torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")).bitwise_and_(1).to(dtype)
 
 
-_AS_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AS_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _unpack(bits: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -82,7 +82,7 @@ class NativeDropout(Kernel):
         (bits,) = ctx.saved_tensors
         if gradient is None:
             return None, None, None, None, None
-        mask = unpack_bits(bits, ctx.looks.shape, ctx.looks.stride, gradient.dtype).bool()
+        mask = unpack_bits(bits, ctx.looks.shape, ctx.looks.stride, torch.bool)
         if torch.is_grad_enabled():  # as torch does
             return None, None, gradient * (mask * ctx.scale), None, None
         return None, None, torch.ops.aten.native_dropout_backward(gradient, mask, ctx.scale), None, None

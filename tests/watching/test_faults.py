@@ -26,6 +26,9 @@ def test_the_fault_is_found_and_after_its_fix_it_is_gone(name: str, tmp_path: Pa
     assert (ended.code, seen.notes) == (0, [])
     assert sorted(found(seen)) == sorted([fault.rule, *fault.also])
     finding = only(seen, fault.rule)
+    with_figures = [each.fixed for each in seen.findings if each.fixed is not None]
+    if len(with_figures) == 1:
+        assert seen.fixed == with_figures[0]
     assert finding.parameters == fault.parameters
     assert finding.place.startswith(str(path))
     assert finding.evidence
@@ -51,6 +54,40 @@ def test_what_train_only_would_keep_is_what_a_run_keeps(tmp_path: Path) -> None:
         audit = run.audit(lambda: F.cross_entropy(model(inputs), labels).backward())
     assert audit.kept_bytes == finding.fixed.saved_bytes
     assert audit.backward_flops == finding.fixed.backward_flops
+
+
+def test_the_step_with_all_fixes_is_that_of_the_script_with_all_fixes(tmp_path: Path) -> None:
+    """One that freezes, and one that is another trace, printed for the same line."""
+    source = FAULTS["inputs made to require grad"].source
+    source = source.replace("[p for p in model.parameters() if p.requires_grad]", "model.classifier.parameters()")
+    path = write(tmp_path, HEAD + source)
+    seen, _ = watched(path)
+    rules = {"forced-input-grad", "unowned-grad"}
+    assert rules <= set(found(seen))
+    for rule in sorted(rules):
+        again, _ = watched(path := mended(path, only(watched(path)[0], rule)))
+    assert not rules & set(found(again))
+    assert seen.fixed is not None
+    assert again.now is not None
+    now, fixed = again.now, seen.fixed
+    assert (now.step_flops, now.saved_bytes) == (fixed.step_flops, fixed.saved_bytes)
+    assert all(each.fixed.step_flops > fixed.step_flops for each in seen.findings if each.fixed is not None)
+
+
+def test_the_step_with_all_fixes_is_a_run_of_train_only_where_one_of_them_is(tmp_path: Path) -> None:
+    source = FAULTS["frozen convolutions behind a trained first one"].source
+    source = source.replace(
+        "model[0].requires_grad_(True)", "model[0].requires_grad_(True)\nmodel[8].requires_grad_(True)"
+    )
+    seen, _ = watched(write(tmp_path, HEAD + source))
+    assert sorted(found(seen)) == ["unneeded-saved-tensors", "unowned-grad"]
+    model = seen.record.models[0].module
+    model[8].requires_grad_(False)
+    inputs, labels = torch.randn(8, 3, 32, 32), torch.randint(5, (8,))
+    with fl.train_only(model) as run:
+        audit = run.audit(lambda: F.cross_entropy(model(inputs), labels).backward())
+    assert seen.fixed is not None
+    assert (audit.kept_bytes, audit.backward_flops) == (seen.fixed.saved_bytes, seen.fixed.backward_flops)
 
 
 @pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.rule != "stochastic-frozen"])

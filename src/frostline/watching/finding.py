@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -76,6 +78,26 @@ class Fix:
 
 
 @dataclass(frozen=True)
+class Effect:
+    """What a fix does to the step, so that several can be costed together.
+
+    Attributes:
+        freezes: ids of the parameters that it freezes.
+        trains: names, in the trace, of what trains in their place.
+        within: entered while the step is traced again as it is with the fix; None where that is the trace as it is.
+        method: by which the step runs.
+        skips_flops, skips_seconds: of the forward, what it no longer runs; 0 seconds where they are not known.
+    """
+
+    freezes: frozenset[int] = frozenset()
+    trains: tuple[str, ...] = ()
+    within: Callable[[], AbstractContextManager[None]] | None = None
+    method: str = "freeze"
+    skips_flops: int = 0
+    skips_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Finding:
     """One thing that a rule found.
 
@@ -90,8 +112,7 @@ class Finding:
         basis: how these figures are known.
         fix: what to do about it.
         fine: when it is no mistake.
-        freezes: ids of the parameters that the fix freezes.
-        skips_flops, skips_seconds: of the forward, what the fix no longer runs; 0 seconds where they are not known.
+        effect: what the fix does to the step's figures.
     """
 
     rule: str
@@ -106,9 +127,7 @@ class Finding:
     now: Figures | None = None
     fixed: Figures | None = None
     basis: str = ""
-    freezes: frozenset[int] = field(default=frozenset(), repr=False)
-    skips_flops: int = field(default=0, repr=False)
-    skips_seconds: float = field(default=0.0, repr=False)
+    effect: Effect = field(default=Effect(), repr=False)
 
     def beside(self, fault_seconds: float) -> Finding:
         """It, with figures that are `Figures.beside` page faults."""
@@ -116,8 +135,8 @@ class Finding:
         return replace(self, now=now, fixed=fixed)
 
     def to_dict(self) -> dict[str, Any]:
-        data = asdict(self)
-        del data["freezes"], data["skips_flops"], data["skips_seconds"]
+        data = asdict(replace(self, effect=Effect()))
+        del data["effect"]
         return {
             key: str(value) if isinstance(value, Level) else list(value) if isinstance(value, tuple) else value
             for key, value in data.items()

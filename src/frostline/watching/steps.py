@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,12 @@ from frostline.costing.entry import bits_of, forward_entry
 from frostline.costing.optimizers import optimizer_model
 from frostline.subsets import Subset
 from frostline.tracing.trace import Trace, trace
+from frostline.watching.finding import Effect, Figures
 from frostline.watching.ranks import alone
 from frostline.watching.record import PassFact, Record
 from frostline.watching.tape import Replay, Together
+
+Change = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(eq=False)
@@ -117,20 +120,36 @@ class Steps:
                 return traced
         return None
 
-    def otherwise(self, usual: TracedPass, changed: contextlib.AbstractContextManager[None]) -> TracedPass | None:
-        """A pass traced again while something of its models, or of torch, is changed."""
-        return self._run(usual.fact, changed)
+    def otherwise(self, usual: TracedPass, effects: Sequence[Effect]) -> Figures | None:
+        """What a pass costs with all of these fixes; None if it cannot be said."""
+        changes = [effect.within for effect in effects if effect.within is not None]
+        again = self._run(usual.fact, changes) if changes else usual
+        if again is None:
+            return None
+        frozen = {again.names[number] for effect in effects for number in effect.freezes if number in again.names}
+        trained = [name for name in again.now if name not in frozen]
+        method = "train-only" if any(effect.method == "train-only" for effect in effects) else "freeze"
+        cost = again.cost([*trained, *(name for effect in effects for name in effect.trains)], method)
+        if cost is None:
+            return None
+        figures = Figures.of(cost)
+        for effect in effects:
+            figures = figures.skipping(effect.skips_flops, effect.skips_seconds)
+        return figures
 
     def _trace(self, fact: PassFact) -> TracedPass | None:
         if id(fact) not in self._traced:
             self._traced[id(fact)] = self._run(fact)
         return self._traced[id(fact)]
 
-    def _run(self, fact: PassFact, changed: contextlib.AbstractContextManager[None] | None = None) -> TracedPass | None:
+    def _run(self, fact: PassFact, changes: Sequence[Change] = ()) -> TracedPass | None:
+        """Trace a pass, while something of its models, or of torch, is changed."""
         replay = fact.replay
         assert replay is not None
         try:
-            with _unseen(), alone(), replay.as_recorded(), changed or contextlib.nullcontext():
+            with _unseen(), alone(), replay.as_recorded(), contextlib.ExitStack() as changed:
+                for change in changes:
+                    changed.enter_context(change())
                 found = traced(replay, self._called(replay.models))
                 names = {id(p): name for name, p in found.parameters.items()}
                 now = tuple(name for number, name in names.items() if number in replay.trainable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -131,15 +132,13 @@ class Watch:
 
     @property
     def fixed(self) -> Figures | None:
-        """The step with everything frozen that the findings' fixes freeze, and without what they keep."""
+        """The step with all the findings' fixes."""
+        return None if self._fixed is None else self._fixed.beside(self.record.pace.fault_seconds)
+
+    @functools.cached_property
+    def _fixed(self) -> Figures | None:
         usual = self._steps.usual()
-        cost = None if usual is None else usual.without({n for finding in self.findings for n in finding.freezes})
-        if cost is None:
-            return None
-        figures = Figures.of(cost)
-        for finding in self.findings:
-            figures = figures.skipping(finding.skips_flops, finding.skips_seconds)
-        return figures.beside(self.record.pace.fault_seconds)
+        return None if usual is None else self._steps.otherwise(usual, [finding.effect for finding in self.findings])
 
     def who_trains(self) -> list[dict[str, Any]]:
         """Trained, the rest and buffers, each with how many tensors and numbers, and what happened to them."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from frostline.reports.units import bytes_text, flops_text, share
 from frostline.subsets.names import within
-from frostline.watching.finding import Figures, Finding, Fix, Level
+from frostline.watching.finding import Effect, Figures, Finding, Fix, Level
 from frostline.watching.places import Place, expression
 from frostline.watching.prefix import Prefix, prefix_of
 from frostline.watching.record import Record, SamplesFact
@@ -152,8 +152,7 @@ def _finding(
         basis=usual.basis,
         fix=_fix(record, places, what, sample_bytes),
         fine=FINE,
-        skips_flops=prefix.flops,
-        skips_seconds=prefix.seconds,
+        effect=Effect(skips_flops=prefix.flops, skips_seconds=prefix.seconds),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from frostline.costing.marginal import Change, early_parameters
 from frostline.reports.units import share
-from frostline.watching.finding import Figures, Finding, Level
+from frostline.watching.finding import Effect, Figures, Finding, Level
 from frostline.watching.record import ModelFact, Record
 from frostline.watching.rules import Rule
 from frostline.watching.rules.unowned_grad import is_unused
@@ -85,7 +85,7 @@ def _finding(
         basis=usual.basis,
         fix=freeze(model, parts, place),
         fine=FINE,
-        freezes=frozenset(numbers),
+        effect=Effect(freezes=frozenset(numbers)),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from frostline.reports.units import share
-from frostline.watching.finding import Figures, Finding, Level
+from frostline.watching.finding import Effect, Figures, Finding, Level
 from frostline.watching.places import is_hidden
 from frostline.watching.record import ModelFact, Record
 from frostline.watching.rules import Rule
@@ -33,8 +33,8 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
     now = None if usual is None else usual.cost()
     if usual is None or now is None or not usual.fact.forced or record.checkpoint_places:
         return
-    unforced = steps.otherwise(usual, _without_requests())
-    fixed = None if unforced is None else unforced.cost()
+    effect = Effect(within=_without_requests)
+    fixed = steps.otherwise(usual, [effect])
     if fixed is None or now.step_flops - fixed.step_flops < WORTH * now.step_flops:
         return
     model = next((m for m in record.models if usual.fact.reached & m.parameters.keys()), None)
@@ -57,10 +57,11 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
             f"without it backward is {fixed.backward_flops:,} FLOPs instead of {now.backward_flops:,}",
         ),
         now=Figures.of(now),
-        fixed=Figures.of(fixed),
+        fixed=fixed,
         basis=usual.basis,
         fix=before(None if optimizer is None else optimizer.place, _code(model), "before the training"),
         fine=FINE,
+        effect=effect,
     )
 
 

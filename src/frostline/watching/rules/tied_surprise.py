@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 from torch import nn
 
 from frostline.reports.units import share
 from frostline.subsets.kinds import is_embedding_module
-from frostline.watching.finding import Figures, Finding, Level
+from frostline.watching.finding import Effect, Figures, Finding, Level
 from frostline.watching.places import expression
 from frostline.watching.record import ModelFact, ParameterFact, Record
 from frostline.watching.rules import Rule
@@ -34,11 +35,10 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
                 continue
             if _others_trained(model, fact) > 1 - MOSTLY_FROZEN:
                 continue
-            untied = steps.otherwise(usual, _untied(model, head))
-            name = usual.names[id(fact.parameter)]
-            fixed = None if untied is None else untied.cost([*(n for n in usual.now if n != name), head])
+            effect = Effect(frozenset([id(fact.parameter)]), (head,), partial(_untied, model, head))
+            fixed = steps.otherwise(usual, [effect])
             if fixed is not None and now.step_flops - fixed.step_flops >= WORTH * now.step_flops:
-                yield _finding(record, model, fact, head, usual, Figures.of(now), Figures.of(fixed))
+                yield _finding(record, model, fact, head, usual, Figures.of(now), fixed, effect)
 
 
 def _head(model: ModelFact, fact: ParameterFact) -> str:
@@ -85,6 +85,7 @@ def _finding(
     usual: TracedPass,
     now: Figures,
     fixed: Figures,
+    effect: Effect,
 ) -> Finding:
     optimizers = optimizers_of(record, [fact])
     place = optimizers[0].place if optimizers else None
@@ -113,6 +114,7 @@ def _finding(
             "before the optimizer is made",
         ),
         fine=FINE,
+        effect=effect,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from frostline.reports.units import bytes_text, share
-from frostline.watching.finding import Figures, Finding, Level
+from frostline.watching.finding import Effect, Figures, Finding, Level
 from frostline.watching.record import Record
 from frostline.watching.rules import Rule
 from frostline.watching.rules.unowned_grad import is_unused
@@ -57,6 +57,7 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
             "before the optimizer is made",
         ),
         fine=FINE,
+        effect=Effect(method="train-only"),
     )
 
 

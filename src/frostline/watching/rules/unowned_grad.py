@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from frostline.reports.units import bytes_text, flops_text, share
-from frostline.watching.finding import Figures, Finding, Level
+from frostline.watching.finding import Effect, Figures, Finding, Level
 from frostline.watching.record import ModelFact, OptimizerFact, ParameterFact, Record
 from frostline.watching.rules import Rule
 from frostline.watching.rules.stale_optimizer import stale
@@ -82,7 +82,7 @@ def _finding(
         basis="" if traced is None else traced.basis,
         fix=freeze(model, parts, place),
         fine=FINE,
-        freezes=frozenset(numbers),
+        effect=Effect(freezes=frozenset(numbers)),
     )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import frostline as fl
+from frostline.costing import overhead
 from frostline.costing.engine import masks
 from frostline.costing.optimizers import optimizer_model
 from frostline.costing.overhead import Overhead
@@ -303,3 +304,21 @@ class Names(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func._schema.name)
         return func(*args, **(kwargs or {}))
+
+
+def test_lean_kernels_are_timed_with_other_data_read_before_each_layer_and_after_its_backward() -> None:
+    ran: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ran.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    layer = overhead._AsInAStep(nn.ReLU(), torch.ones(3))
+    x = torch.ones(1, 2, 8, requires_grad=True)
+    with Record():
+        layer(x).backward(torch.ones(1, 2, 8))
+    of_interest = [name for name in ran if name in ("aten::sum", "aten::relu", "aten::threshold_backward")]
+    assert of_interest == ["aten::sum", "aten::relu", "aten::threshold_backward", "aten::sum"]
+    frozen = overhead._AsInAStep(nn.ReLU(), torch.ones(3))(torch.ones(2))
+    assert not frozen.requires_grad

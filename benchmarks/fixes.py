@@ -167,15 +167,15 @@ class Row:
 
     @property
     def faults(self) -> float:
-        """Of what was saved, what page faults took: no prediction has them, and `fl.measure` tells them apart."""
+        """Of what was saved, what page faults took: no prediction has them, but its stated error has."""
         return self.faults_now - self.faults_fixed
 
     @property
     def holds(self) -> bool:
-        """Counts are what was said, before and after; seconds saved beside page faults, within both stated errors."""
+        """Counts are what was said, before and after; seconds saved within the error of both predictions."""
         if not self.stated_error:
             return (self.now, self.fixed) == (self.measured_now, self.measured_fixed)
-        return abs(self.predicted - (self.measured - self.faults)) <= self.stated_error
+        return abs(self.predicted - self.measured) <= self.stated_error
 
 
 def watched(path: Path) -> Watch:

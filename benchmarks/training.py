@@ -181,9 +181,11 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     asked = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    if asked.device and asked.compile:
+        parser.error("--compile is for the CPU's table, without --device")
     ways = ["freeze", "compile"] if asked.compile else [way for way in WAYS if way != "compile"]
     if asked.device:
-        ways = ["freeze", "train-only"]
+        ways.remove("memsave")
     rows: list[Row] = []
     for network in NETWORKS:
         if not asked.networks or network in asked.networks:

@@ -249,13 +249,13 @@ def _kernel(name: str, rule: Rule, key: DispatchKey) -> Callable[..., Any]:
                     unread = rule(*args[:num_told])
                     if unread:
                         _check_plain(tensors, plain)
-                        if users_hooks() is not None:
-                            if hooks_disabled():
-                                raise NotCoveredError("saved-tensor hooks are disabled")
-                            run.num_replaced += 1
+                        users = users_hooks()
+                        if users is not None and hooks_disabled():
+                            raise NotCoveredError("saved-tensor hooks are disabled")
+                        run.num_replaced += 1
+                        if users is not None:
                             with LeaveOut([args[places[name]] for name in unread]):
                                 return redispatch(own, *args)
-                        run.num_replaced += 1
                         result = redispatch(own, *args)
                         first = result if type(result) is not tuple else result[0]
                         if plain:

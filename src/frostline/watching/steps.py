@@ -99,7 +99,7 @@ class Steps:
         self.record = record
         self.time = time
         self.notes: list[str] = []
-        self._traced: dict[int, TracedPass | None] = {}
+        self._traced: dict[tuple[Any, ...], TracedPass | None] = {}  # by pass and what was changed
         self._calibrations: dict[str, Calibration] = {}
 
     def pass_of(self, numbers: Iterable[int]) -> TracedPass | None:
@@ -122,8 +122,7 @@ class Steps:
 
     def otherwise(self, usual: TracedPass, effects: Sequence[Effect]) -> Figures | None:
         """What a pass costs with all of these fixes; None if it cannot be said."""
-        changes = [effect.within for effect in effects if effect.within is not None]
-        again = self._run(usual.fact, changes) if changes else usual
+        again = self._trace(usual.fact, *(effect.within for effect in effects if effect.within is not None))
         if again is None:
             return None
         frozen = {again.names[number] for effect in effects for number in effect.freezes if number in again.names}
@@ -137,12 +136,13 @@ class Steps:
             figures = figures.skipping(effect.skips_flops, effect.skips_seconds)
         return figures
 
-    def _trace(self, fact: PassFact) -> TracedPass | None:
-        if id(fact) not in self._traced:
-            self._traced[id(fact)] = self._run(fact)
-        return self._traced[id(fact)]
+    def _trace(self, fact: PassFact, *changes: Change) -> TracedPass | None:
+        key = (id(fact), *changes)
+        if key not in self._traced:
+            self._traced[key] = self._run(fact, changes)
+        return self._traced[key]
 
-    def _run(self, fact: PassFact, changes: Sequence[Change] = ()) -> TracedPass | None:
+    def _run(self, fact: PassFact, changes: Sequence[Change]) -> TracedPass | None:
         """Trace a pass, while something of its models, or of torch, is changed."""
         replay = fact.replay
         assert replay is not None

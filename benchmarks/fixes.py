@@ -3,9 +3,9 @@
 For each rule of `frostline watch` whose findings have figures, a script of a real size that has the fault is watched,
 and calibrated; then it and the same script with the fix put where the report says are both run as ``frostline measure``
 runs a training script, turn by turn in fresh processes. FLOPs and kept bytes have to be equal to what was said, and
-seconds saved within the stated error of both predictions; what page faults took stands beside. A script is watched and
-run again where the machine's speed changed meanwhile (`benchmarks.steady`). ``--save`` writes
-``benchmarks/results/fixes.md`` and ``fixes.json``.
+seconds saved within the stated error of both predictions, both for the machine as fast as it was when the scripts ran:
+a reference kernel is looked at around each turn, as it is between the ops that are timed. What page faults took stands
+beside. ``--save`` writes ``benchmarks/results/fixes.md`` and ``fixes.json``.
 
 ``unneeded-saved-tensors``'s fix is a run of `frostline.train_only`, which the script opens itself: there the first
 script is run by that method.
@@ -21,7 +21,6 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,11 +28,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks.costing import conditions
-from benchmarks.steady import steadily
 from frostline import targets
 from frostline.measuring.case import Case, Source
 from frostline.measuring.measured import Measured
 from frostline.measuring.rounds import measure_cases
+from frostline.probing.timings import Reference
 from frostline.watching.finding import Figures, Finding
 from frostline.watching.script import Script
 from frostline.watching.watch import Watch
@@ -136,7 +135,8 @@ optimizer = torch.optim.AdamW(model[8:].parameters())
     + STEP.format(loss="F.cross_entropy(model(images), labels)"),
 }
 COLUMNS = (
-    "rule", "figure", "now", "fixed", "saves: predicted", "really run", "of it page faults", "stated error", "holds",
+    "rule", "figure", "now", "fixed", "saves: predicted", "really run", "of it page faults", "machine's pace",
+    "stated error", "holds",
 )  # fmt: skip
 
 
@@ -144,7 +144,8 @@ COLUMNS = (
 class Row:
     """One figure of one fix: what was said and what ran, before and after. FLOPs, bytes or seconds.
 
-    ``faults_now`` and ``faults_fixed``: what page faults took of the steps that ran.
+    ``faults_now`` and ``faults_fixed``: what page faults took of the steps that ran. ``pace``: times as long a
+    reference kernel took then as when the ops were timed; 1 where the figure is none of time.
     """
 
     rule: str
@@ -156,6 +157,7 @@ class Row:
     stated_error: float
     faults_now: float
     faults_fixed: float
+    pace: float = 1.0
 
     @property
     def predicted(self) -> float:
@@ -175,7 +177,7 @@ class Row:
         """Counts are what was said, before and after; seconds saved within the error of both predictions."""
         if not self.stated_error:
             return (self.now, self.fixed) == (self.measured_now, self.measured_fixed)
-        return abs(self.predicted - self.measured) <= self.stated_error
+        return abs(self.predicted * self.pace - self.measured) <= self.stated_error * self.pace
 
 
 def watched(path: Path) -> Watch:
@@ -184,6 +186,14 @@ def watched(path: Path) -> Watch:
     with seen:
         script.run(seen.close)
     return seen
+
+
+def _timed_at(seen: Watch) -> float:
+    """Seconds of the reference kernel when the findings' ops were timed."""
+    assert seen.now is not None
+    calibration = seen.now.trace.calibration
+    assert calibration is not None
+    return calibration.reference_seconds
 
 
 def mended(path: Path, finding: Finding) -> Path:
@@ -207,14 +217,16 @@ def rows_of(rule: str, rounds: int) -> Iterator[Row]:
         path.write_text(HEAD + SCRIPTS[rule], encoding="utf-8")
         seen = watched(path)
         (finding,) = (each for each in seen.findings if each.rule == rule)
+        timed_at = _timed_at(seen)
         after = mended(path, finding)
         assert rule not in [each.rule for each in watched(after).findings], f"{rule} is found after its fix as well"
         own_run = rule == OWN_RUN
         paths = (path, path if own_run else after)
         cases = [_case(each, "train-only" if own_run and n else "freeze") for n, each in enumerate(paths)]
         outcomes = measure_cases(
-            [Source(str(each)) for each in paths], cases, rounds=rounds, threads=torch.get_num_threads()
-        )
+            [Source(str(each)) for each in paths], cases, rounds=rounds, threads=torch.get_num_threads(),
+            reference=Reference(torch.device("cpu")),
+        )  # fmt: skip
     before, fixed = (outcome.measured for outcome in outcomes)
     assert before is not None, outcomes[0].error
     assert fixed is not None, outcomes[1].error
@@ -225,9 +237,12 @@ def rows_of(rule: str, rounds: int) -> Iterator[Row]:
     error = math.hypot(finding.now.seconds_error, finding.fixed.seconds_error)
     said, ran = (_figures(each) for each in (finding.now, finding.fixed)), (_ran(before), _ran(fixed))
     first, second = said
+    assert before.reference_seconds is not None
+    assert fixed.reference_seconds is not None
+    pace = (before.reference_seconds + fixed.reference_seconds) / 2 / timed_at
     for figure, now in first.items():
         in_time = figure == "step_seconds"
-        besides = (error, before.fault_seconds, fixed.fault_seconds) if in_time else (0.0, 0.0, 0.0)
+        besides = (error, before.fault_seconds, fixed.fault_seconds, pace) if in_time else (0.0, 0.0, 0.0, 1.0)
         yield Row(rule, figure, now, second[figure], ran[0][figure], ran[1][figure], *besides)
 
 
@@ -259,7 +274,7 @@ def cells(row: Row) -> tuple[str, ...]:
     def text(value: float) -> str:
         return f"{value / unit:,.2f} {name}"
 
-    besides = (text(row.faults), text(row.stated_error)) if row.stated_error else ("", "exact")
+    besides = (text(row.faults), f"{row.pace:.2f}", text(row.stated_error)) if row.stated_error else ("", "", "exact")
     values = (row.now, row.fixed, row.predicted, row.measured)
     return (row.rule, row.figure, *map(text, values), *besides, "yes" if row.holds else "no")
 
@@ -287,7 +302,7 @@ def main() -> None:
     rows: list[Row] = []
     for rule in asked.rules or SCRIPTS:
         print(rule, flush=True)
-        rows += steadily(rule, partial(rows_of, rule, asked.rounds))
+        rows += rows_of(rule, asked.rounds)
     Console().print(Markdown(markdown(rows)))
     if asked.save:
         (HERE / "results" / "fixes.md").write_text(markdown(rows), encoding="utf-8")

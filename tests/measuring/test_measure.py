@@ -62,3 +62,15 @@ def test_what_cannot_be_measured_is_said_before_anything_starts():
         fl.measure(mlp(), inputs(), lambda y: y.sum(), train="2")
     with pytest.raises(fl.FrostlineError, match="no subsets"):
         fl.measure(mlp(), inputs(), squares, train={})
+
+
+def test_the_machine_is_looked_at_as_the_rows_run():
+    found = fl.measure(mlp(), inputs(), squares, train={"head": "2"}, methods="freeze", repeats=2, threads=1)
+    looks = [row.measured.reference_seconds for row in found if row.measured]
+    assert found.timed_at is not None
+    assert found.timed_at > 0
+    assert None not in looks
+    assert min(looks) / found.timed_at <= found.pace <= max(looks) / found.timed_at
+    data = json.loads(json.dumps(found.to_dict()))
+    jsonschema.Draft202012Validator(schema()).validate(data)
+    assert data["pace"] == found.pace

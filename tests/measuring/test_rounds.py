@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.measuring.networks import FILE
 
 from frostline.measuring import rounds
 from frostline.measuring.case import Case, Source
 from frostline.measuring.host import Worker, WorkerError
 from frostline.measuring.rounds import measure_cases
+from frostline.probing.timings import Reference
 
 EVERYTHING = Case(("0.weight", "2.weight"), "freeze", "sgd")
 RAISES = Case(("0.weight",), "freeze", "sgd")
@@ -61,14 +64,27 @@ def test_assert_gone_sees_a_process_that_is_there(monkeypatch: pytest.MonkeyPatc
         assert_gone(os.getpid())
 
 
+class Looks(Reference):
+    """A reference that takes what it is told."""
+
+    def __init__(self, device: torch.device, taken: Iterator[float]) -> None:
+        super().__init__(device)
+        self.taken = taken
+
+    def look(self, *, always: bool = False) -> float:
+        return next(self.taken)
+
+
 def test_a_case_that_raises_and_one_that_dies_leave_the_rest(
     workers: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("FROSTLINE_TEST_CHILD", str(tmp_path / "children"))
-    fine, raised, died = measure_cases(MOODY, [EVERYTHING, RAISES, DIES], rounds=3, threads=1)
+    looks = Looks(torch.device("cpu"), iter([0.5, 1.5, 4.0, 6.0, 2.0, 4.0]))
+    fine, raised, died = measure_cases(MOODY, [EVERYTHING, RAISES, DIES], rounds=3, threads=1, reference=looks)
     assert fine.measured is not None
     assert len(fine.measured.turns) == 3
     assert min(fine.measured.turns) > 0
+    assert fine.measured.reference_seconds == 3.0  # around the turns 1.0, 5.0 and 3.0
     assert fine.measured.peak_bytes == 6664  # tests/measuring/test_step_memory.py has it on paper
     assert fine.measured.backward_flops == 2 * 8 * (2 * 32 * 4 + 16 * 32)
     assert raised.measured is None

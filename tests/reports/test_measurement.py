@@ -90,3 +90,19 @@ def test_page_faults_are_told_where_they_take_time():
     rows = measurement().rows
     text = " ".join(str(replace(measurement(), rows=(*rows[:-1], replace(rows[-1], measured=full)))).split())
     assert "page faults: up to 10 % of a step (@all: 1,200, about 2.0 ms)" in text
+
+
+def test_predicted_seconds_are_those_of_the_machine_as_fast_as_the_rows_had_it():
+    """Every row ran beside a reference that took 1.25 times as long as when ops were timed."""
+    plain = measurement()
+    rows = [row if row.measured is None else replace(row, measured=at(row.measured, 0.005)) for row in plain.rows]
+    slower = replace(plain, rows=tuple(rows), timed_at=0.004)
+    assert plain.pace == 1
+    assert slower.pace == 1.25
+    assert slower.to_dict()["pace"] == 1.25
+    assert "a reference kernel took 1.25 times as long" in " ".join(str(slower).split())
+    assert "reference kernel" not in str(plain)
+
+
+def at(found: Measured, reference_seconds: float) -> Measured:
+    return replace(found, reference_seconds=reference_seconds)

@@ -56,6 +56,11 @@ class Calibration:
     failed: dict[str, str]
     notes: tuple[str, ...]
 
+    @property
+    def reference_seconds(self) -> float:
+        """What the reference kernel takes on the machine as fast as predictions assume it."""
+        return self.timings.reference.typical()
+
 
 def calibrate(
     traced: Trace,

@@ -18,6 +18,7 @@ from frostline.measuring import pickled
 from frostline.measuring.case import Case, Source
 from frostline.measuring.measurement import MeasuredRow, Measurement
 from frostline.measuring.rounds import Progress, measure_cases
+from frostline.probing.timings import Reference
 from frostline.subsets import Subset, resolve
 from frostline.targets import load
 from frostline.tracing.trace import Trace, trace
@@ -111,7 +112,14 @@ def measure_rows(
     if predict:
         notes += _predict_seconds(traced, [cost for _, cost in rows], optimizer, threads, progress)
     cases = [Case.of(cost.subset, cost.method, optimizer) for _, cost in rows]
-    outcomes = measure_cases(source, [*cases, cases[-1]], rounds=repeats, threads=threads, progress=progress)
+    calibration = getattr(traced, "calibration", None)
+    reference = timed_at = None
+    if calibration is not None and traced.device.type == "cpu":
+        reference, timed_at = Reference(traced.device), calibration.reference_seconds
+    with _threads(threads):
+        outcomes = measure_cases(
+            source, [*cases, cases[-1]], rounds=repeats, threads=threads, reference=reference, progress=progress
+        )
     found = tuple(
         MeasuredRow(label, cost, outcome.measured, outcome.error, outcome.detail)
         for (label, cost), outcome in zip(rows, outcomes, strict=False)
@@ -119,7 +127,7 @@ def measure_rows(
     if all(row.measured is None for row in found):
         raise FrostlineError(f"no row could be run: {found[-1].error}") from RuntimeError(found[-1].detail)
     rounds = max(len(row.measured.turns) for row in found if row.measured is not None)
-    return Measurement(found, outcomes[-1].measured, rounds, threads, traced, tuple(notes))
+    return Measurement(found, outcomes[-1].measured, rounds, threads, traced, tuple(notes), timed_at)
 
 
 def _predict_seconds(

@@ -20,6 +20,7 @@ class Measured:
         interruptions: how often a second a thread lost its processor to something else; the median of the turns.
         page_faults: pages of memory that a step took anew from the system; the median of the turns. ``fault_seconds``:
             about how long that took.
+        reference_seconds: what a reference kernel took around the turns, the median; None where it was not looked at.
         peak_bytes: the most that was allocated at one time in a step, in steady state; None where the device does not
             say. With ``baseline_bytes`` (what there was before the step, by kind), ``at_loss_bytes`` (above it, when
             the loss returned), ``peak_phase`` and ``timeline``: see `frostline.measuring.memory.Memory`.
@@ -43,6 +44,7 @@ class Measured:
     phase_ends: Mapping[str, int] = field(default_factory=dict, repr=False)
     page_faults: float = 0.0
     fault_seconds: float = 0.0
+    reference_seconds: float | None = None
 
     @property
     def step_seconds(self) -> float:
@@ -73,6 +75,7 @@ class Measured:
         columns = {
             phase: tuple(turn[phase] for turn in turns) for phase in ("step", "forward", "backward", "optimizer")
         }
+        looks = [turn["reference"] for turn in turns if "reference" in turn]
         found = dict(examined or {})
         memory = found.get("memory") or {}
         return cls(
@@ -84,6 +87,7 @@ class Measured:
                 name: statistics.median(turn[name] for turn in turns)
                 for name in ("interruptions", "page_faults", "fault_seconds")
             },
+            reference_seconds=statistics.median(looks) if looks else None,
             peak_bytes=memory.get("peak_bytes"),
             at_loss_bytes=memory.get("at_loss_bytes"),
             saved_bytes=found.get("saved_bytes"),
@@ -108,6 +112,7 @@ class Measured:
             "interruptions_per_second": self.interruptions,
             "page_faults_per_step": self.page_faults,
             "page_fault_seconds": self.fault_seconds,
+            "reference_seconds": self.reference_seconds,
             "peak_bytes": self.peak_bytes,
             "peak_phase": self.peak_phase,
             "baseline_bytes": dict(self.baseline_bytes),

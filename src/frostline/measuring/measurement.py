@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ class Measurement:
         rounds: turns of each row.
         threads: of torch's operators.
         notes: what a reader should know, such as rows left out.
+        timed_at: seconds of the reference kernel on the machine as fast as it was when ops were timed; None on
+            accelerators, and where nothing was timed.
     """
 
     rows: tuple[MeasuredRow, ...]
@@ -57,6 +60,7 @@ class Measurement:
     threads: int
     trace: Trace = field(repr=False)
     notes: tuple[str, ...] = ()
+    timed_at: float | None = None
 
     def __iter__(self) -> Iterator[MeasuredRow]:
         return iter(self.rows)
@@ -82,6 +86,16 @@ class Measurement:
             return None
         one, other = self.full.measured.step_seconds, self.again.step_seconds
         return abs(one - other) / ((one + other) / 2)
+
+    @property
+    def pace(self) -> float:
+        """How many times as long the machine took for a reference kernel while rows ran as when their ops were timed.
+
+        1 where that is not known. Predicted seconds times this are those of the machine that the rows ran on.
+        """
+        looks = [row.measured.reference_seconds for row in self.rows if row.measured is not None]
+        known = [look for look in looks if look is not None]
+        return statistics.median(known) / self.timed_at if known and self.timed_at else 1.0
 
     def ratio(self, row: MeasuredRow) -> float | None:
         """The measured seconds of a row, as a share of full training's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -10,6 +11,7 @@ from frostline.measuring.case import Case, Source
 from frostline.measuring.host import Worker, WorkerError
 from frostline.measuring.measured import Measured, Outcome
 from frostline.measuring.timing import turn_size
+from frostline.probing.timings import Reference
 
 WARM_UP = 3
 """Steps before the first that counts: the optimizer makes its state in the first, allocators settle in the second."""
@@ -29,6 +31,7 @@ def measure_cases(
     together: bool = False,
     examine: bool = True,
     warm_up: int = WARM_UP,
+    reference: Reference | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome]:
     """Run every case, and say what it took, in the order given.
@@ -41,6 +44,7 @@ def measure_cases(
             a process of its own, all of them up at the same time (and each with its own copy of the model).
         examine: also find FLOPs, saved bytes and peak memory, in steps of their own.
         warm_up: steps after a case is set up, before the clock starts; at least 2.
+        reference: looked at before and after each turn, in this process, while all others wait.
 
     A case that raises, or whose process dies, has an outcome with its error; the others go on. When this function
     returns or raises, Ctrl-C included, no process of it is left.
@@ -65,7 +69,7 @@ def measure_cases(
             there_and_back = seats if number % 2 == 0 else seats[::-1]
             for done, seat in enumerate(there_and_back):
                 say("running", number * len(seats) + done, rounds * len(seats))
-                seat.take_turn()
+                seat.take_turn(reference)
         return [seat.outcome() for seat in seats]
 
 
@@ -135,13 +139,17 @@ class _Seat:
         except WorkerError as error:
             self._fail(error)
 
-    def take_turn(self) -> None:
+    def take_turn(self, reference: Reference | None) -> None:
         if self.error:
             return
+        looks = []
         try:
             self._arrange()
             settling, steps = turn_size(self.step_seconds)
-            self.turns.append(self.host.ask("turn", settling=settling, steps=steps))
+            looks += _looks(reference)
+            turn = self.host.ask("turn", settling=settling, steps=steps)
+            looks += _looks(reference)
+            self.turns.append({**turn, "reference": statistics.mean(looks)} if looks else turn)
         except WorkerError as error:
             self._fail(error)
 
@@ -158,6 +166,10 @@ class _Seat:
 
     def _fail(self, error: WorkerError) -> None:
         self.error, self.detail = str(error), error.detail
+
+
+def _looks(reference: Reference | None) -> list[float]:
+    return [] if reference is None else [reference.look(always=True)]
 
 
 def _affordable(seats: Sequence[_Seat]) -> int:

@@ -80,8 +80,12 @@ def _fitting(labels: Column, groups: Sequence[list[Column]], width: int) -> Iter
 
 
 def _seconds(measurement: Measurement) -> list[list[Column]]:
-    rows = measurement.rows
-    unit = seconds_unit([row.predicted.step_seconds for row in rows] + _actual(rows, lambda m: m.step_seconds))
+    rows, pace = measurement.rows, measurement.pace
+
+    def as_it_ran(cost: Cost) -> float | None:
+        return None if cost.step_seconds is None else cost.step_seconds * pace
+
+    unit = seconds_unit([as_it_ran(row.predicted) for row in rows] + _actual(rows, lambda m: m.step_seconds))
 
     def column(title: str, figure: Actual) -> Column:
         return Column(title, unit.name, tuple(unit(value) for value in _actual(rows, figure)))
@@ -90,7 +94,7 @@ def _seconds(measurement: Measurement) -> list[list[Column]]:
         shares = [ratio(row) for row in rows]
         return Column(title, "% of full", tuple("-" if share is None else percent(share, 1) for share in shares))
 
-    predicted, measured, error = _beside(rows, "", unit, lambda c: c.step_seconds, lambda m: m.step_seconds)
+    predicted, measured, error = _beside(rows, "", unit, as_it_ran, lambda m: m.step_seconds)
     return [
         [predicted, measured, column("±", lambda m: m.spread_seconds), error],
         [of_full("predicted", measurement.predicted_ratio), of_full("measured", measurement.ratio)],
@@ -178,6 +182,12 @@ def measurement_findings(measurement: Measurement) -> Iterator[Finding]:
             f"the machine was busy with something else: up to {interruptions:.0f} times a second it took a processor "
             f"from a run, so that the seconds are too long.{advice}",
         )
+    if measurement.timed_at:
+        yield Finding(
+            "pace",
+            f"while the rows ran, a reference kernel took {measurement.pace:.2f} times as long as when their ops were "
+            "timed; predicted seconds are given for the machine as fast as the rows had it.",
+        )
     yield from _faults(measurement)
     for note in measurement.notes:
         yield Finding("note", note)
@@ -238,6 +248,7 @@ def measurement_to_dict(measurement: Measurement) -> dict[str, Any]:
         "rows": [_row(measurement, row) for row in measurement.rows],
         "again": None if measurement.again is None else measurement.again.to_dict(),
         "noise": measurement.noise,
+        "pace": measurement.pace,
         "findings": [asdict(finding) for finding in measurement_findings(measurement)],
     }
 

@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 
 from benchmarks.costing import conditions
 from frostline import targets
@@ -303,7 +301,7 @@ def main() -> None:
     for rule in asked.rules or SCRIPTS:
         print(rule, flush=True)
         rows += rows_of(rule, asked.rounds)
-    Console().print(Markdown(markdown(rows)))
+    print(markdown(rows))
     if asked.save:
         (HERE / "results" / "fixes.md").write_text(markdown(rows), encoding="utf-8")
         (HERE / "results" / "fixes.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

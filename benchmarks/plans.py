@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 
 import frostline as fl
 from benchmarks import models
@@ -136,7 +134,7 @@ def main() -> None:
     for network in asked.networks or NETWORKS:
         print(network, flush=True)
         rows += rows_of(network, asked.rounds)
-    Console().print(Markdown(markdown(rows)))
+    print(markdown(rows))
     if asked.save:
         (HERE / "results" / "plans.md").write_text(markdown(rows), encoding="utf-8")
         (HERE / "results" / "plans.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -84,7 +84,7 @@ def kept_nbytes(result: Tensor, own: Sequence[Tensor] = ()) -> int:
         stack += [below for below, _ in node.next_functions]
         holder = getattr(node, "holder", None)
         saved = [*getattr(node, "saved_tensors", ())] if hasattr(node, "needs_input_grad") else _saved(node)
-        saved += [] if holder is None else [holder.kept]
+        saved += [] if holder is None else [holder.kept if holder.packed is None else holder.packed]
         for value in saved:
             for t in value if isinstance(value, tuple | list) else [value]:
                 if isinstance(t, Tensor):

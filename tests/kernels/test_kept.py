@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import textwrap
@@ -94,15 +95,15 @@ def test_what_the_next_op_keeps_is_free() -> None:
     with lean_kernels() as run:
         result = forward()
         (holder,) = run.holders()
-        assert not holder.is_packed
+        assert holder.packed is None
         assert kept_nbytes(result, own) == eager == 2 * 4 * 6 * 6 * 4
         del result, holder
         second.requires_grad_(False)
         result = forward()
         (holder,) = run.holders()
-        assert holder.is_packed
-        assert holder.kept is not None
-        assert holder.kept.nbytes == holder.packed_nbytes == kept_nbytes(result, own) == 36
+        assert holder.packed is not None
+        assert holder.kept is None
+        assert holder.packed.nbytes == holder.packed_nbytes == kept_nbytes(result, own) == 36
 
 
 def test_a_holder_says_which_storage_it_held() -> None:
@@ -114,7 +115,7 @@ def test_a_holder_says_which_storage_it_held() -> None:
         del result
         (holder,) = run.holders()
         assert (holder.storage_key, holder.packed_nbytes) == (key, 2)
-        assert holder.is_packed
+        assert holder.packed is not None
         del node, holder
         assert not run.holders()
 
@@ -163,3 +164,12 @@ def test_a_process_ends_well_in_the_middle_of_a_run() -> None:
     """
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_however_many_wait_for_something_else_to_let_go_of_them() -> None:
+    """Forty results, each flattened: a view dies after what it is of, and nothing of ours runs afterwards."""
+    layer, x = nn.Conv2d(3, 4, 1), torch.randn(2, 3, 4, 4)
+    with lean_kernels():
+        result = torch.stack([F.relu(layer(x)).flatten(1) for _ in range(40)]).sum()
+        gc.collect()
+        assert kept_nbytes(result, (x, *layer.parameters())) == 40 * 2 * 4 * 4 * 4 // 8

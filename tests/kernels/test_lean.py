@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from frostline.kernels import fallbacks, kernels_active, lean_kernels
+from frostline.kernels import Holder, fallbacks, kernels_active, lean_kernels
 from frostline.kernels.lean import _are_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # (torch.func uses it as well)
@@ -57,11 +58,17 @@ def _input(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_gradcheck(op: str) -> None:
+@pytest.mark.parametrize("dies", [False, True])
+def test_gradcheck(op: str, dies: bool) -> None:
+    """Of an input that lives on, and of one that is gone at backward, so that its bits stand for it."""
     x = torch.randn(1, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return OPS[op](x * 1 if dies else x)
+
     with lean_kernels() as run:
-        assert torch.autograd.gradcheck(OPS[op], (x,), check_forward_ad=False)
-        assert torch.autograd.gradgradcheck(OPS[op], (x,))
+        assert torch.autograd.gradcheck(function, (x,), check_forward_ad=False)
+        assert torch.autograd.gradgradcheck(function, (x,))
     assert not run.fallbacks
 
 
@@ -444,3 +451,106 @@ def test_gradients_that_are_more_than_their_memory(how: str) -> None:
     expected = found()
     with lean_kernels():
         assert torch.equal(found(), expected)
+
+
+class Image(Tensor):
+    """As those of torchvision's transforms: another name, and torch's own kernels."""
+
+
+class Weight(nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_a_subclass_without_ops_of_its_own_is_a_tensor(what: str) -> None:
+    layer, x = nn.Conv2d(4, 4, 1), torch.randn(2, 4, 3, 3)
+    if what == "weight":
+        layer.weight = Weight(layer.weight.detach())
+    with lean_kernels() as run:
+        F.relu(layer(x.as_subclass(Image) if what == "input" else x)).sum().backward()
+    assert run.num_replaced == 2
+    assert not run.fallbacks
+
+
+def _quantised(tensor: Tensor) -> Any:
+    if not tensor.is_floating_point():
+        return tensor
+    scale = tensor.abs().max() / 127
+    return scale, (tensor / scale).round().to(torch.int8)
+
+
+def _wider(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+HOOKS = {
+    "wider": (_wider, lambda packed: packed.float() if packed.is_floating_point() else packed),
+    "quantised": (_quantised, lambda packed: packed if isinstance(packed, Tensor) else packed[0] * packed[1]),
+}
+
+
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("op", ["relu", "dropout", "dropout_", "native_dropout", "max_pool2d", "prelu"])
+def test_saved_tensor_hooks_that_convert_see_what_eager_gives_them(op: str, hooks: str) -> None:
+    def gradient() -> Tensor:
+        x = _input(torch.float32)
+        with saved_tensors_hooks(*HOOKS[hooks]):
+            OPS[op](x * 1).square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    expected = gradient()
+    with lean_kernels():
+        assert torch.equal(gradient(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*functorch:UserWarning")
+@pytest.mark.parametrize("op", ["relu", "relu6", "leaky_relu", "prelu", "dropout", "threshold", "max_pool2d"])
+def test_forward_mode_through_a_backward(op: str) -> None:
+    """The graph is made before; only the gradient that comes in has a tangent."""
+
+    def tangent() -> Tensor:
+        x = _input()
+        result = OPS[op](x * 1) * 1
+        ones = torch.ones_like(result)
+        return torch.func.jvp(lambda given: torch.autograd.grad(result, x, given)[0], (ones,), (2 * ones,))[1]
+
+    expected = tangent()
+    with lean_kernels():
+        assert torch.equal(tangent(), expected)
+
+
+@pytest.mark.parametrize("op", ["relu", "relu6", "leaky_relu", "threshold"])
+@pytest.mark.parametrize("keeps_graph", [False, True])
+def test_a_collection_in_the_middle_of_a_backward(op: str, keeps_graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It packs what is in a cycle until then, between any two steps of the backward that is to read it."""
+    take, unpacked = Holder.take, Holder.unpacked
+
+    def between(*_: Any) -> None:
+        gc.collect()
+
+    monkeypatch.setattr(Holder, "take", lambda self: (between(), take(self), between())[1])
+    monkeypatch.setattr(Holder, "unpacked", lambda self, packed: (between(), unpacked(self, packed))[1])
+
+    def gradient() -> Tensor:
+        x = _input()
+        before = x * 1
+        result = OPS[op](before)
+        edge, cycle = torch.autograd.graph.get_gradient_edge(result), [before, result]
+        cycle.append(cycle)  # type: ignore[arg-type]
+        given = torch.ones_like(result)
+        del before, result, cycle
+        return torch.autograd.grad(edge, x, given, create_graph=keeps_graph)[0].detach()
+
+    expected = gradient()
+    with lean_kernels():
+        assert torch.equal(gradient(), expected)
+
+
+@pytest.mark.parametrize("p", [-1.0, 1.5])
+def test_a_wrong_share_is_refused_as_by_torch(p: float) -> None:
+    with pytest.raises(RuntimeError) as eager:
+        torch.dropout(_input(), p, True)
+    with lean_kernels(), pytest.raises(RuntimeError) as ours:
+        torch.dropout(_input(), p, True)
+    assert str(ours.value) == str(eager.value)

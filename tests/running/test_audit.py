@@ -417,3 +417,17 @@ def test_an_activation_written_to_a_view_keeps_what_its_cost_says(view: Any) -> 
     cost = fl.trace(model, x, loss=lambda y: y).cost("@all", method="train-only")
     with fl.train_only(model, "@all") as run:
         assert run.audit(lambda: model(x).backward()).kept_bytes == cost.saved_bytes
+
+
+def test_what_hooks_of_the_users_make_of_saved_tensors_is_counted():
+    """Torch's own ``save_on_cpu`` keeps a tuple."""
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(3, 4)
+
+    def step() -> None:
+        with torch.autograd.graph.save_on_cpu():
+            loss = model(x).sum()
+        loss.backward()
+
+    with fl.train_only(model, "0") as run:
+        kept = run.audit(step).kept_bytes
+    assert kept == 4 * (3 * 4 + 3 * 8)  # the input, and the result of tanh

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -393,3 +394,68 @@ def test_a_container_with_buffers_goes_by_what_is_inside():
     model.register_buffer("mean", torch.zeros(2))
     assert frozen(model, "0") == ["1"]
     assert frozen(model, "1") == []
+
+
+class Interrupted(nn.Module):
+    """A batch norm whose caller is interrupted, once, when it has lent its statistics away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.interrupts = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.first(x))
+
+
+@pytest.mark.parametrize("then", ["saves", "evaluates", "trains"])
+def test_an_interrupt_leaves_the_statistics_to_its_handler(then: str):
+    model, x = Interrupted(), torch.randn(4, 3)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model(x)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = model.eval()(x)
+    model.train()
+    with fl.train_only(model, "first"):
+        hook = model.norm.register_forward_hook(interrupt, prepend=True)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        hook.remove()
+        if then == "evaluates":
+            assert torch.equal(model.eval()(x), expected)
+        if then == "trains":
+            model(x).sum().backward()
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_hook_of_the_users_reads_the_statistics():
+    model, x, seen = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), torch.randn(4, 3), []
+    model[1].register_forward_pre_hook(lambda norm, _: seen.append(norm.running_mean.clone()))
+    with fl.train_only(model, "0"):
+        model(x)
+        model(x)
+    assert torch.equal(seen[0], torch.zeros(3))
+    assert torch.equal(seen[1], torch.zeros(3))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_statistics_are_as_precise_as_without_a_run(affine: bool):
+    """A half-precise input beside float32 statistics: torch's kernel goes by the buffers."""
+
+    def outcome(run: bool) -> tuple[Tensor, Tensor | None]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=affine))
+        model[1].requires_grad_(False)
+        x = torch.randn(4, 3, 8, 8)
+        with fl.train_only(model, "0") if run else nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16):
+            result = model(x)
+        result.float().square().sum().backward()
+        return result.detach(), model[0].weight.grad
+
+    for ours, eager in zip(outcome(True), outcome(False), strict=True):
+        assert torch.equal(ours, eager)

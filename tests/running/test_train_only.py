@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -385,3 +388,39 @@ def test_a_default_device_of_the_users_is_not_ours():
             audit = run.audit(lambda: model(image).sum().backward())
     assert again.saved_bytes == frozen.saved_bytes == audit.kept_bytes
     assert model[0].bias.grad.device.type == "cpu"
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+def test_copying_what_holds_a_run_neither_ends_it_nor_begins_another(how: Any):
+    model = network()
+    with fl.train_only(model, "0") as run:
+        copied = how({"run": run})
+        assert copied["run"] is run
+        del copied
+        gc.collect()
+        assert run.is_open
+        assert kernels_active()
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.weight", "0.bias"]
+        with pytest.raises(RunError, match="Pickle its subset"):
+            pickle.dumps(run)
+    assert not kernels_active()
+
+
+def test_parameters_that_took_anothers_place_are_put_back_and_trained():
+    model = network()
+    with fl.train_only(model, "8") as run:
+        model.load_state_dict(network().state_dict(), assign=True)
+        assert all(ours is theirs for ours, theirs in zip(run.parameters(), model[8].parameters(), strict=True))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_leaving_does_not_raise_whatever_became_of_a_frozen_parameter():
+    with torch.inference_mode():
+        made_there = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Embedding(10, 4), made_there, nn.Linear(4, 2))
+    model[0].weight.grad = torch.ones(10, 4)
+    with fl.train_only(model, "2"):
+        model[0].weight.data = torch.randn(12, 4)  # plain PyTorch allows it
+        assert not made_there.weight.requires_grad
+    assert model[0].weight.grad is None  # it fits no more
+    assert all(p.requires_grad for p in model.parameters())

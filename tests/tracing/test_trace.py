@@ -345,3 +345,16 @@ def test_a_step_that_writes_to_its_input_is_traced_on_fake_tensors_and_undone() 
     trace = fl.trace(model, x, loss=lambda out: out.sum() + x.mul_(2).sum())
     assert trace.forward == "fake"
     assert torch.equal(x, torch.ones(4, 3))
+
+
+def test_costs_asked_for_inside_a_run_are_those_outside():
+    """Another model's run is open in this thread: its kernels are not what freezing costs."""
+    model, x = nn.Sequential(nn.Conv2d(3, 9, 3), nn.ReLU(), nn.Conv2d(9, 9, 3)), torch.randn(5, 3, 11, 11)
+    with fl.train_only(nn.Linear(2, 2), "bias"):
+        inside = fl.trace(model, x, loss="sum")
+        assert inside.cost("0", method="freeze").saved_bytes == x.nbytes + 5 * 9 * 81 * 4
+        figures = [
+            inside.cost(subset, method).to_dict() for subset in ("0", "2") for method in ("freeze", "train-only")
+        ]
+    outside = fl.trace(model, x, loss="sum")
+    assert figures == [outside.cost(s, method).to_dict() for s in ("0", "2") for method in ("freeze", "train-only")]

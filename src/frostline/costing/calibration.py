@@ -26,6 +26,7 @@ from frostline.costing.overhead import (
 from frostline.costing.rerun import Rerun
 from frostline.costing.seconds import Clockwork
 from frostline.errors import FrostlineError
+from frostline.kernels import eager_kernels
 from frostline.probing.timings import NotTimed, Timings, any_stored
 from frostline.tracing.trace import Trace, trace
 
@@ -93,6 +94,7 @@ def recall(traced: Trace, costs: list[Cost], optimizer: Any, like: Calibration |
     return True
 
 
+@eager_kernels()
 def _calibrated(
     timings: Timings,
     traced: Trace,

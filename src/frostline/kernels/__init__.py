@@ -9,13 +9,23 @@ these that is not covered, runs as ever.
 from . import activation, convolution, dropout, normalization, pooling  # noqa: F401 (each registers its rules)
 from .function import is_replaced
 from .holding import Holder, settle
-from .lean import LeanKernels, fallbacks, holders, kernels_active, lean_kernels, replaced_ops, watched_kernels
+from .lean import (
+    LeanKernels,
+    eager_kernels,
+    fallbacks,
+    holders,
+    kernels_active,
+    lean_kernels,
+    replaced_ops,
+    watched_kernels,
+)
 from .leaving_out import users_hooks
 from .unread import takes_no_memory
 
 __all__ = [
     "Holder",
     "LeanKernels",
+    "eager_kernels",
     "fallbacks",
     "holders",
     "is_replaced",

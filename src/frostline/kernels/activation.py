@@ -17,10 +17,9 @@ from torch import Tensor
 from .bits import NoBitsError, above, between, let_through, not_up_to, pack_bits, unpack_bits
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
-from .lean import LeanKernels, NotCoveredError, Op, replaces
-from .leaving_out import users_hooks
+from .lean import LeanKernels, NotCoveredError, Op, check_no_hooks, replaces
 from .unread import Looks, lies_alike
-from .unseen import aside, unseen
+from .unseen import aside, transforming, unseen
 
 _aten = torch.ops.aten
 
@@ -34,8 +33,9 @@ class Gate:
         bits: of that, a bit for each element: whether the gradient goes through; None if a bit cannot say it.
         backward: eager's op, whose arguments after the gradient and the kept tensor are ...
         args: ... those for what eager keeps, and ...
-        args_for_bits: ... those for a tensor of ones and zeros.
+        args_for_bits: ... those for a tensor of ones and ``other``.
         lets_through: the gradient comes through as it is, or not at all.
+        other: what stands for an element where it does not.
     """
 
     keeps: str
@@ -44,6 +44,7 @@ class Gate:
     args: tuple[Any, ...]
     args_for_bits: tuple[Any, ...]
     lets_through: bool = True
+    other: float = 0.0
 
 
 class Gated(Kernel):
@@ -79,11 +80,12 @@ class Gated(Kernel):
             return (None, None, None, None, None, *nothing)
         gate: Gate = ctx.gate
         holder: Holder = ctx.holder
-        was_packed = holder.is_packed
+        kept, was_packed = holder.take()
         if gradient is not None and was_packed and gate.lets_through and lies_alike(gradient, ctx.looks):
-            return (None, None, None, None, let_through(gradient, holder.take_as_kept()), *nothing)
+            return (None, None, None, None, let_through(gradient, kept), *nothing)
         args = (*weights, *(gate.args_for_bits if was_packed else gate.args))
-        kept = holder.take()
+        if was_packed:
+            kept = holder.unpacked(kept)
         if gradient is None:
             gradient = torch.zeros_like(kept)
         found = _backward(gate.backward, gradient, tied(kept, tie), args, spent=was_packed)
@@ -93,7 +95,8 @@ class Gated(Kernel):
 def _backward(op: Any, gradient: Tensor, kept: Tensor, args: Sequence[Any], *, spent: bool) -> Tensor:
     """Run eager's op; its result may take the place of ``kept`` where that is ``spent``."""
     alike = gradient.dtype == kept.dtype and gradient.stride() == kept.stride()
-    if spent and alike and not torch.is_grad_enabled() and "grad_input" in op.overloads():
+    derived = torch.is_grad_enabled() or transforming()
+    if spent and alike and not derived and "grad_input" in op.overloads():
         return op.grad_input(gradient, kept, *args, grad_input=kept)  # type: ignore[no-any-return]
     found = op(gradient, kept, *args)
     return found if isinstance(found, Tensor) else found[0]
@@ -102,16 +105,16 @@ def _backward(op: Any, gradient: Tensor, kept: Tensor, args: Sequence[Any], *, s
 def _run(run: LeanKernels, op: Op, gate: Gate, input: Tensor, *how: Any) -> Any:
     if op.is_in_place and (input._is_view() or input.is_leaf):
         raise NotCoveredError("written in place to a view or a leaf")
-    if users_hooks() is not None:
-        raise NotCoveredError("saved-tensor hooks are to see what is kept")
+    check_no_hooks()
     looks = Looks.of(input)
     if not looks.is_dense:
         raise NotCoveredError("its elements lie apart or in one place")
 
-    def ones_and_zeros(bits: Tensor) -> Tensor:
-        return unpack_bits(bits, looks.shape, looks.stride, looks.dtype)
+    def stand_in(bits: Tensor) -> Tensor:
+        ones = unpack_bits(bits, looks.shape, looks.stride, looks.dtype)
+        return ones.mul_(1 - gate.other).add_(gate.other) if gate.other else ones
 
-    holder = Holder(gate.bits, ones_and_zeros, _node(op.name), run)
+    holder = Holder(gate.bits, stand_in, _node(op.name), run)
     result, _anchor = Gated.run(op, gate, holder, looks, input, *how)
     if gate.keeps != "copy":
         holder.watch(result if gate.keeps == "result" else input)
@@ -213,10 +216,12 @@ def leaky_relu(run: LeanKernels, op: Op, input: Tensor, slope: float) -> Any:
     return _run(run, op, _leaky_relu(slope, in_place), input, slope)
 
 
+# (Its first derivative counts 0 to the negative elements, the second to the positive ones: so 0 stands for neither.)
+_PRELU = Gate("input", _positive, _aten._prelu_kernel_backward, (), (), lets_through=False, other=-1.0)
+
+
 @replaces("_prelu_kernel")
 def prelu(run: LeanKernels, op: Op, input: Tensor, weight: Tensor) -> Any:
     if weight.requires_grad:
         return NotImplemented
-    return _run(
-        run, op, Gate("input", _positive, _aten._prelu_kernel_backward, (), (), lets_through=False), input, weight
-    )
+    return _run(run, op, _PRELU, input, weight)

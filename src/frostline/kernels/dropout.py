@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .bits import above, let_through, pack_bits, unpack_bits
 from .function import Kernel, below_autograd
-from .lean import LeanKernels, NotCoveredError, Op, replaces
+from .lean import LeanKernels, NotCoveredError, Op, check_no_hooks, replaces
 from .unread import Looks, lies_alike
 from .unseen import aside, unseen
 
@@ -55,8 +55,9 @@ class Dropout(Kernel):
 
 @replaces("dropout", "dropout_")
 def dropout(run: LeanKernels, op: Op, input: Tensor, p: float, train: bool) -> Any:
-    if not train or p == 0 or p == 1 or input.numel() == 0:
+    if not train or not 0 < p < 1 or input.numel() == 0:
         return NotImplemented
+    check_no_hooks()
     if input.device.type != "cpu" and not op.is_in_place:  # there it ends in native_dropout
         return NotImplemented
     if op.is_in_place and (input._is_view() or input.is_leaf):
@@ -90,6 +91,7 @@ class NativeDropout(Kernel):
 
 @replaces("native_dropout")
 def native_dropout(run: LeanKernels, op: Op, input: Tensor, p: float, train: bool | None) -> Any:
-    if train is False or p == 0 or p == 1 or input.numel() == 0:
+    if train is False or not 0 < p < 1 or input.numel() == 0:
         return NotImplemented
+    check_no_hooks()
     return NativeDropout.run(run, op, input, p, train)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,12 +22,12 @@ from torch import Tensor
 
 from .unseen import aside
 
-_SHORT = 16  # as many of those whose tensor died while something else had its storage are looked at again
+_SHORT = 16  # as many of those whose tensor died while something else had its storage are looked at at once
 
-waiting: deque[weakref.ref[Holder]] = deque(maxlen=_SHORT)
+waiting: deque[weakref.ref[Holder]] = deque()
 """Those for which `look_again` is to be called."""
 _live: dict[int, weakref.ref[Holder]] = {}  # by id
-_num_aliases: dict[int, int] = {}  # storage -> aliases that holders have of it
+_having: defaultdict[int, set[int]] = defaultdict(set)  # storage -> the holders (by id) that have an alias of it
 
 # (Asked at every op: see `lean`.)
 _is_grad_enabled = torch.is_grad_enabled
@@ -52,13 +52,16 @@ class Holder:
 
     Attributes:
         storage_key: tells which storage it holds, or held until it was packed (``storage_key`` of `probing`).
-        kept: the tensor itself, or what it was packed to; None before the forward and after the backward.
-        is_packed: whether ``kept`` is what it was packed to.
+        kept: the tensor itself, until it is packed; None before the forward and after the backward.
+        packed: what it was packed to.
+
+    The collector may pack at any moment, in any thread, between any two steps of a backward. So ``packed`` is there
+    before ``kept`` goes, each is changed at one stroke, and `take` says which of the two it took.
     """
 
     # (Of the class until they change: one is made at every op.)
     kept: Tensor | None = None
-    is_packed = False
+    packed: Tensor | None = None
     storage_key = 0
     _version = 0
     _watch: weakref.ref[Tensor] | None = None
@@ -80,12 +83,12 @@ class Holder:
         kept = self.kept = tensor.detach()
         key = self.storage_key = kept.untyped_storage()._cdata
         self._version = kept._version
-        _num_aliases[key] = _num_aliases.get(key, 0) + 1
+        _having[key].add(id(self))
         _live[id(self)] = weakref.ref(self)
 
     def hold_packed(self, packed: Tensor) -> None:
         """Begin to hold what was packed already, where eager keeps a copy that nobody else can have."""
-        self.kept, self.is_packed = packed, True
+        self.packed = packed
         _live[id(self)] = weakref.ref(self)
 
     def watch(self, tensor: Tensor) -> None:
@@ -93,8 +96,9 @@ class Holder:
 
         Autograd's views of it and nodes that saved it keep it alive.
         """
-        assert self.kept is not None
-        self._version = self.kept._version  # (autograd counts a Function that writes to its input as one more write)
+        kept = self.kept
+        assert kept is not None
+        self._version = kept._version  # (autograd counts a Function that writes to its input as one more write)
         self._watch = weakref.ref(tensor, partial(_died, weakref.ref(self)))
 
     def pack_if_alone(self, num_dying: int = 0) -> bool:
@@ -104,7 +108,7 @@ class Holder:
             num_dying: tensors that still have the storage while they are being taken apart.
         """
         kept = self.kept
-        if kept is None or self.is_packed:
+        if kept is None:
             return True
         if _graph_task() != -1 and not _is_grad_enabled():
             return False  # backward is letting go of things, and will come to this node
@@ -112,50 +116,50 @@ class Holder:
             return True
         key = self.storage_key
         storage = kept.untyped_storage()  # (its Python object has the storage, too)
-        if _use_count(key) > _num_aliases[key] + 1 + num_dying:
+        if _use_count(key) > len(_having.get(key, ())) + 1 + num_dying:
             return False
         del storage
         with aside(kept):
             packed = self._pack(kept)
         if packed is not None:
+            self.packed = packed
             self._forget()
-            self.kept, self.is_packed = packed, True
         return True
 
     @property
     def packed_nbytes(self) -> int:
         """What it keeps takes, once it is packed."""
-        return self.kept.nbytes if self.is_packed and self.kept is not None else 0
+        packed = self.packed
+        return packed.nbytes if packed is not None and self.kept is None else 0
 
     def _forget(self) -> None:
-        if self.kept is not None and not self.is_packed:
-            self.kept = None
+        if vars(self).pop("kept", None) is not None:
             key = self.storage_key
-            left = _num_aliases[key] - 1
-            if left:
-                _num_aliases[key] = left
-            else:
-                del _num_aliases[key]
+            having = _having[key]
+            having.discard(id(self))
+            if not having:
+                _having.pop(key, None)
 
-    def take(self) -> Tensor:
-        """What backward reads: the tensor itself, or what stands for it. Let go of it if this backward is the last."""
-        was_packed = self.is_packed
-        kept = self.take_as_kept()
-        return self._unpack(kept) if was_packed else kept
+    def take(self) -> tuple[Tensor, bool]:
+        """What it keeps, and whether that was packed. Let go of it if this backward is the last.
 
-    def take_as_kept(self) -> Tensor:
-        """As `take`, but what it was packed to as that is."""
+        Raises:
+            RuntimeError: as eager's, where the tensor was written to since.
+        """
         kept = self.kept
-        assert kept is not None, "torch raises at the second backward, before this"
-        if not self.is_packed and kept._version != self._version:
+        packed = None if kept is not None else self.packed
+        if kept is not None and kept._version != self._version:
             raise modified(kept, self._version, self._name)
         if not _keeps_graph():
-            self.clear()
-        return kept
+            self._forget()
+            self.packed = None
+        taken = packed if kept is None else kept
+        assert taken is not None, "torch raises at the second backward, before this"
+        return taken, kept is None
 
-    def clear(self) -> None:
-        self._forget()
-        self.kept = None
+    def unpacked(self, packed: Tensor) -> Tensor:
+        """What backward reads in place of the tensor."""
+        return self._unpack(packed)
 
     def __del__(self, live: dict[int, weakref.ref[Holder]] = _live) -> None:  # (globals may be gone at the end)
         self._forget()
@@ -174,8 +178,17 @@ def modified(tensor: Tensor, expected: int, which: str = "") -> RuntimeError:
 
 
 def look_again() -> None:
-    """Pack those that could not be when their tensor died, and now can."""
-    for _ in range(len(waiting)):
+    """Pack some of those that could not be when their tensor died, and now can: the next few in turn."""
+    _look(_SHORT)
+
+
+def look_at_all() -> None:
+    """Pack all that could not be when their tensor died, and now can."""
+    _look(len(waiting))
+
+
+def _look(times: int) -> None:
+    for _ in range(min(times, len(waiting))):
         try:
             reference = waiting.popleft()
         except IndexError:  # the collector ran meanwhile, and looked
@@ -187,8 +200,8 @@ def look_again() -> None:
 
 def collected(phase: str, _info: Any) -> None:
     """For ``gc.callbacks``: after the last op of ours in a step nothing else would look."""
-    if phase == "stop" and waiting:
-        look_again()
+    if phase == "stop":
+        look_at_all()
 
 
 def settle() -> None:

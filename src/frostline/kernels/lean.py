@@ -16,7 +16,8 @@ import gc
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,9 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .holding import Holder, collected, live_holders, look_again, waiting
+from .holding import Holder, collected, live_holders, look_again, look_at_all, waiting
 from .leaving_out import LeaveOut, hooks_disabled, leave_out, users_hooks
-from .unseen import aside
+from .unseen import aside, transforming
 
 _TLS = "frostline.kernels"  # torch carries objects stashed under a name to the engine's threads
 _KEYS = {"AutogradCPU": DispatchKey.AutogradCPU, "AutogradCUDA": DispatchKey.AutogradCUDA}
@@ -124,7 +125,7 @@ class LeanKernels:
     def close(self) -> None:
         """End the run; other runs go on."""
         if self.is_open:
-            look_again()
+            look_at_all()
             self.is_open = False
             _stash(_current())
             _uninstall()
@@ -148,6 +149,19 @@ class LeanKernels:
 def lean_kernels() -> LeanKernels:
     """``with lean_kernels():`` autograd keeps only what the asked gradients read, in this thread of control."""
     return LeanKernels()
+
+
+@contextmanager
+def eager_kernels() -> Iterator[None]:
+    """Torch's own kernels in this thread of control, whatever run is open in it."""
+    run = _current()
+    if run is not None:
+        _stash(None)
+    try:
+        yield
+    finally:
+        if run is not None:
+            _stash(run)
 
 
 def watched_kernels() -> LeanKernels:
@@ -300,42 +314,39 @@ def _are_plain(keyset: DispatchKeySet) -> bool:
     return (keyset | _OF_DENSE).raw_repr() == _OF_DENSE.raw_repr()
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, FakeTensor))
-
-
 def _check_plain(tensors: Sequence[Tensor | None], plain_keys: bool) -> None:
     """Raise `NotCoveredError` unless it is eager's autograd alone that is at work, on tensors as they come."""
     for t in tensors:
         if t is not None:
             kind = type(t)
-            if kind not in _PLAIN:
-                raise NotCoveredError(f"{kind.__name__} is a subclass of Tensor")
+            if not _is_plain(kind):
+                raise NotCoveredError(f"{kind.__name__} runs ops of its own")
             if not t.is_floating_point() or (not plain_keys and (t.layout is not _STRIDED or t.is_neg())):
                 raise NotCoveredError("not a strided floating-point tensor")
             if kind is FakeTensor and _compiling() is not None:
                 raise NotCoveredError(_WATCHED)
-    if _transforming():
+    if transforming() or _tracing_state() is not None or _dispatch_mode(_PROXY) is not None:
         raise NotCoveredError(_WATCHED)
+
+
+def check_no_hooks() -> None:
+    """Raise `NotCoveredError` where the user has saved-tensor hooks set: bits are not what they expect to be given."""
+    if users_hooks() is not None:
+        raise NotCoveredError("saved-tensor hooks are to see what is kept")
 
 
 _WATCHED = "inside torch.func, forward-mode AD, or a tracer"
 
 
-def _transforming() -> bool:
-    """Whether something other than eager's autograd is watching: torch.func, forward mode, a tracer."""
-    return (
-        _interpreters() is not None
-        or _forward_ad._current_level >= 0
-        or _tracing_state() is not None
-        or _dispatch_mode(_PROXY) is not None
-    )
+@functools.lru_cache(maxsize=256)
+def _is_plain(kind: type) -> bool:
+    """Whether torch's kernels, and no code of the class, run for tensors of it."""
+    return kind is FakeTensor or getattr(kind, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
 
 
 # (Asked at every op, when nothing of it is in the processor's caches: so by few steps.)
 _STRIDED, _PROXY = torch.strided, torch._C._TorchDispatchModeKey.PROXY
 _is_grad_enabled = torch.is_grad_enabled
-_forward_ad = torch.autograd.forward_ad
-_interpreters = torch._C._functorch.peek_interpreter_stack
 _tracing_state, _dispatch_mode = torch._C._get_tracing_state, torch._C._get_dispatch_mode
 _compiling = torch._guards.TracingContext.try_get  # (compilers work on fake tensors)
 _stashed, _is_stashed = torch._C._get_obj_in_tls, torch._C._is_key_in_tls

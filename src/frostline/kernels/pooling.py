@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .function import Kernel, anchor, below_autograd, tied
 from .holding import Holder
-from .lean import LeanKernels, Op, leaves_out, replaces
-from .leaving_out import users_hooks
+from .lean import LeanKernels, Op, check_no_hooks, leaves_out, replaces
 from .unread import Looks, unread
 from .unseen import aside
 from .windows import Windows, windows_of
@@ -28,7 +27,7 @@ def average_pool() -> tuple[str]:
 
 class MaxPool(Kernel):
     @staticmethod
-    def forward(ctx: Any, op: Op, windows: Windows, holder: Holder | None, input: Tensor, *how: Any) -> Any:
+    def forward(ctx: Any, op: Op, windows: Windows, holder: Holder, input: Tensor, *how: Any) -> Any:
         ctx.set_materialize_grads(False)
         ctx.op = (
             _aten.max_pool2d_with_indices_backward
@@ -38,22 +37,22 @@ class MaxPool(Kernel):
         ctx.windows, ctx.holder, ctx.looks, ctx.how = windows, holder, Looks.of(input), how
         with below_autograd():
             result, indices = op.call(input, *how)
-            packed = [windows.pack(indices)] if holder is None else []
         with aside(input):
-            if holder is not None:
-                holder.hold(indices)
+            holder.hold(indices)
             tie = anchor(input.dtype)
-        ctx.save_for_backward(tie, *packed)
+        ctx.save_for_backward(tie)
         ctx.mark_non_differentiable(indices)
         return result, indices, tie
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, _of_indices: None, of_anchor: Tensor | None) -> Any:
-        tie, *packed = ctx.saved_tensors
+        (tie,) = ctx.saved_tensors
         nothing = (None,) * len(ctx.how)
         if gradient is None and of_anchor is None:
             return (None,) * 4 + nothing
-        indices = ctx.windows.unpack(packed[0]) if ctx.holder is None else ctx.holder.take()
+        indices, was_packed = ctx.holder.take()
+        if was_packed:
+            indices = ctx.holder.unpacked(indices)
         if gradient is None:
             gradient = torch.zeros_like(indices, dtype=ctx.looks.dtype)
         input = tied(unread(ctx.looks, gradient), tie)
@@ -64,12 +63,10 @@ class MaxPool(Kernel):
 def max_pool(
     run: LeanKernels, op: Op, input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> Any:
+    check_no_hooks()
     shape = tuple(input.shape[-2 if "2d" in op.name else -3 :])
     windows = windows_of(shape, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-    hooks = users_hooks()
-    name = "is output 1 of MaxPool2DWithIndicesBackward0"
-    holder = None if hooks is not None else Holder(windows.pack, windows.unpack, name, run)
+    holder = Holder(windows.pack, windows.unpack, "is output 1 of MaxPool2DWithIndicesBackward0", run)
     result, indices, _anchor = MaxPool.run(op, windows, holder, input, kernel, stride, padding, dilation, ceil_mode)
-    if holder is not None:
-        holder.watch(indices)
+    holder.watch(indices)
     return result, indices

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from .unseen import unseen
+from .unseen import transforming, unseen
 
 _MAPS = hasattr(mmap, "MAP_PRIVATE")
 _lock = threading.Lock()
@@ -50,8 +50,10 @@ class Looks(NamedTuple):
 
 
 def lies_alike(gradient: Tensor, looks: Looks) -> bool:
-    """Whether a gradient lies in memory as a tensor of those looks did, and no graph is made of this backward."""
-    return not gradient._is_zerotensor() and Looks.of(gradient) == looks and not torch.is_grad_enabled()
+    """Whether a gradient lies in memory as a tensor of those looks did, and nothing is to be derived from this."""
+    if gradient._is_zerotensor() or torch.is_grad_enabled() or transforming():
+        return False
+    return Looks.of(gradient) == looks
 
 
 @lru_cache(maxsize=1024)

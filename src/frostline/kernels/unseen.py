@@ -13,6 +13,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 _NOTHING = nullcontext()
 _num_modes, _num_function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _BelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
+_interpreters, _forward_ad = torch._C._functorch.peek_interpreter_stack, torch.autograd.forward_ad
+
+
+def transforming() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: tensors may be more than their memory."""
+    return _interpreters() is not None or _forward_ad._current_level >= 0
 
 
 def unseen() -> AbstractContextManager[Any]:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from frostline.kernels import eager_kernels
 from frostline.probing.attribution import Recording, storage_key
 from frostline.probing.probe import Held, Question, go_backward, place_of, roots
 from frostline.probing.replay import perform, seed
@@ -54,6 +55,7 @@ class Need(NamedTuple):
 WHOLE = Need(8, 8, False)
 
 
+@eager_kernels()
 def needs(unit: Unit, question: Question, held: tuple[Held, ...]) -> tuple[Need, ...]:
     """What the gradients asked of ``unit`` need of each storage that it is said to hold."""
     if held and _may_ask(unit, held):

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frostline.kernels import LeanKernels, settle, watched_kernels
+from frostline.kernels import LeanKernels, eager_kernels, settle, watched_kernels
 from frostline.probing.attribution import RanOp, Recording, storage_key
 from frostline.probing.replay import Receiver, Stage, perform, seed
 from frostline.tracing.calls import Call, Side, Slot, TensorHook, TensorMeta, describe, tensors_in
@@ -116,6 +116,7 @@ class Question:
     strides: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
+@eager_kernels()
 def probe(stage: Stage, unit: Unit, question: Question) -> Probe:
     """Replay ``unit`` and look. On fake tensors, and for real where a fake kernel cannot go or may not know."""
     try:
@@ -154,6 +155,7 @@ def _confirmed(stage: Stage, unit: Unit, question: Question, found: Probe) -> Pr
     return replace(found, confirmed=False) if real is None else replace(found, held=real)
 
 
+@eager_kernels()
 def real_gradients(stage: Stage, unit: Unit, question: Question) -> tuple[Gradient, ...] | None:
     """Where gradients lie that real kernels leave, which a fake one may not know; None: too large, or not to be run."""
     try:
@@ -181,6 +183,7 @@ def _saved_for_real(stage: Stage, unit: Unit, question: Question) -> tuple[Held,
         return None
 
 
+@eager_kernels()
 def timed_probe(
     stage: Stage, unit: Unit, question: Question, runner: Callable[[Any, Any, Any], Any]
 ) -> tuple[RanOp, ...]:
@@ -258,6 +261,7 @@ def _lies(index: int, gradient: Tensor, slot: Slot, origin: dict[int, int], reco
     return Gradient(index, origin.get(key), storage, nbytes, fits, stride, gradient._is_view())
 
 
+@eager_kernels()
 def probe_hook(stage: Stage, hook: TensorHook) -> tuple[RanOp, ...] | None:
     """The ops that a tensor hook runs on a gradient; None if it does not run on one without values."""
     recording = Recording()
@@ -444,7 +448,7 @@ def place_of(key: int, input_keys: list[int | None], output_keys: list[int | Non
 def _packed(run: LeanKernels, input_keys: list[int | None], output_keys: list[int | None]) -> tuple[Held, ...]:
     """What our own kernels keep that no mode sees, some of it in place of a tensor: numbered from -1 down."""
     settle()
-    packed = [holder for holder in run.holders() if holder.is_packed]
+    packed = [holder for holder in run.holders() if holder.packed_nbytes]
     places = [(place_of(h.storage_key, input_keys, output_keys) or ("", 0), h.packed_nbytes) for h in packed]
     places += [(("", 0), nbytes) for nbytes in run.kept_aside()]
     return tuple(

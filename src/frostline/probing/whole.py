@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from frostline.kernels import settle, watched_kernels
+from frostline.kernels import eager_kernels, settle, watched_kernels
 from frostline.probing.attribution import RanOp, Recording
 from frostline.probing.probe import go_backward
 from frostline.tracing.calls import Call, Side, grad_fn_of, tensors_in
@@ -52,6 +52,7 @@ class WholeStep:
     refusal: str = ""
 
 
+@eager_kernels()
 def run_whole(
     rehearsal: Rehearsal, trainable: frozenset[int], wanted: frozenset[int] | None = None, *, lean: bool = False
 ) -> WholeStep:
@@ -111,7 +112,7 @@ def _held(
         _ungraph(recorder, outside)
         gc.collect()
         settle()
-        packed = [] if run is None else [h.packed_nbytes for h in run.holders() if h.is_packed] + run.kept_aside()
+        packed = [] if run is None else [h.packed_nbytes for h in run.holders() if h.packed_nbytes] + run.kept_aside()
         before = _references(recorder)
         del root
         gc.collect()

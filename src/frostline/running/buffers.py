@@ -8,10 +8,12 @@ lent stand-ins for its buffers while it is being called, and writes to those.
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -66,11 +68,19 @@ def _decisive(name: str, own: Mapping[str, list[int]]) -> list[int]:
 
 @dataclass
 class _Call:
-    """A module that is being called: what it has lent away, and how many calls of it are open."""
+    """A module that is being called: what it has lent away, in which frame, and how many calls of it are open."""
 
     module: nn.Module
     buffers: dict[str, Tensor | None]
+    frame: FrameType | None
     depth: int = 1
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether it has ended without a word, as an interrupt ends it: torch's hooks are called after errors only."""
+        if self.frame is None:
+            return False
+        return not any(self.frame is frame for top in sys._current_frames().values() for frame in _stack(top))
 
     def give_back(self) -> None:
         self.module._buffers.update(self.buffers)
@@ -102,15 +112,18 @@ class Guard:
         """
         later(module.register_forward_pre_hook(self.before, prepend=True).remove)
         later(module.register_forward_hook(self.after, prepend=True, always_call=True).remove)
+        later(module.register_state_dict_pre_hook(self.before_saving).remove)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         with self._locked():
             call = self._calls.get(id(module))
+            if call is not None and self._is_over(call):
+                call = None
             if call is not None:
                 call.depth += 1
             elif self.active and module.training:  # in eval mode modules read their buffers, and autograd keeps them
                 lent = {name: module._buffers[name] for name in lasting_buffers(module)}
-                self._calls[id(module)] = _Call(module, lent)
+                self._calls[id(module)] = _Call(module, lent, _caller())
                 module._buffers.update(_stand_ins(module, lent, args))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
@@ -123,6 +136,21 @@ class Guard:
                 del self._calls[id(module)]
                 call.give_back()
 
+    def before_saving(self, module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
+        """What an interrupt left lent is given back: handlers of it save the model."""
+        with self._locked():
+            call = self._calls.get(id(module))
+            if call is not None:
+                self._is_over(call)
+
+    def _is_over(self, call: _Call) -> bool:
+        """Whether a call was torn; if it was, what it lent is given back."""
+        if not call.is_torn:
+            return False
+        del self._calls[id(call.module)]
+        call.give_back()
+        return True
+
     def close(self) -> None:
         """Give back whatever is still lent: an interrupt may have torn a call."""
         with self._locked():
@@ -133,6 +161,18 @@ class Guard:
 
     def _locked(self) -> Any:
         return nullcontext() if torch.compiler.is_compiling() else self._lock
+
+
+def _caller() -> FrameType | None:
+    """The frame that calls the hook that asks; none for a compiler, which has no frames."""
+    return None if torch.compiler.is_compiling() else sys._getframe(2)
+
+
+def _stack(top: FrameType) -> Iterator[FrameType]:
+    frame: FrameType | None = top
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _inert_guard() -> Guard:
@@ -164,10 +204,15 @@ def _copy(buffer: Tensor) -> Tensor:
 def _only_writes(module: nn.Module, args: tuple[Any, ...]) -> bool:
     """Whether a module is a norm of torch's, whose train mode reads no buffer: autograd would keep copies for nothing.
 
-    Without a weight only the buffers tell it that an input has the wrong number of channels.
+    Without a weight only the buffers tell it that an input has the wrong number of channels, and how precise the
+    statistics are to be. A hook of the user's may read them.
     """
     if not isinstance(module, (_BatchNorm, _InstanceNorm)) or "forward" in vars(module):
         return False
     if type(module).forward not in (_BatchNorm.forward, _InstanceNorm.forward):
         return False
-    return module.affine or (len(args) == 1 and args[0].dim() > 1 and args[0].shape[1] == module.num_features)
+    given = args[0] if args else None
+    if len(module._forward_pre_hooks) > 1 or not isinstance(given, Tensor):
+        return False
+    same = all(b is None or not b.is_floating_point() or b.dtype == given.dtype for b in module._buffers.values())
+    return same and (module.affine or (given.dim() > 1 and given.shape[1] == module.num_features))

@@ -76,15 +76,13 @@ def saved_by(node: Any) -> Iterator[Any]:
     if hasattr(node, "variable"):
         yield node.variable
     for value in getattr(node, "__dict__", {}).values():  # a Function may keep tensors past torch's own list
-        yield value.kept if isinstance(value, Holder) else value
+        yield (value.kept, value.packed) if isinstance(value, Holder) else value
     kind: Any = type(node)
     for name in _saved_names(kind):
         with suppress(RuntimeError):  # let go already
             raw = getattr(node, name)
             for each in raw if isinstance(raw, (tuple, list)) else (raw,):
-                data = getattr(each, "data", None)  # what a hook of the user's made of it may be anything
-                if isinstance(data, Tensor):
-                    yield data
+                yield getattr(each, "data", None)  # (what a hook of the user's made of it may be anything)
 
 
 @functools.cache

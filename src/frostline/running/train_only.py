@@ -16,7 +16,7 @@ from torch import nn
 from frostline.errors import FrostlineWarning, RunError
 from frostline.kernels import lean_kernels
 from frostline.running.buffers import Guard, wholly_frozen
-from frostline.running.flags import set_flags
+from frostline.running.flags import set_flags, standing
 from frostline.subsets import Subset, resolve
 from frostline.subsets.names import Names, listed
 
@@ -96,12 +96,13 @@ class Run:
         self.frozen_modules: tuple[str, ...] = ()
         self.freeze_buffers = freeze_buffers
         self._names = names
+        self._inner = inner
         self._thread = threading.get_ident()
         self._entered = False
         _refuse_slices(self.subset)
         with ExitStack() as undo:
             _claim(self, undo.callback)
-            set_aside = set_flags(names.params, set(self.subset), undo.callback)
+            set_aside = set_flags(inner, names.params, set(self.subset), undo.callback)
             if set_aside:
                 self.notes.append(
                     f".grad of frozen parameters, {set_aside:,} bytes, is set aside until the run is closed: "
@@ -139,9 +140,9 @@ class Run:
     # -- what trains ---------------------------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that train, by name, in the model's order."""
+        """The parameters that train, by name, in the model's order; those that have the names now."""
         for name in self.subset:
-            yield name, self._names.params[name]
+            yield name, standing(self._inner, name, self._names.params[name])
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that train: hand these to the optimizer, which must not own (and so decay) any other."""
@@ -189,6 +190,16 @@ class Run:
             text = f"{self!r} was dropped, and so it ended: keep it, or use it in a with statement"
             self.close()
             warnings.warn(text, ResourceWarning, source=self, stacklevel=2)
+
+    def __copy__(self) -> Run:
+        """The same run: copying what holds one (a trainer, a model) begins no other, and ends none."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Run:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise RunError(f"{self!r} cannot be pickled: it is of the model in this process. Pickle its subset.")
 
     # -- printed -------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from frostline.errors import TraceError
+from frostline.kernels import eager_kernels
 from frostline.tracing.calls import Side, tensors_in
 from frostline.tracing.environment import drawing_from, rng_state, swapped
 from frostline.tracing.graph import Tape
@@ -44,6 +45,7 @@ class Rehearsal:
     real: bool = False
     rng: tuple[Any, ...] = field(default_factory=rng_state)  # every tape draws the same random numbers
 
+    @eager_kernels()
     def tape(self, trainable: frozenset[int]) -> Tape:
         """Record one run in which exactly the parameters numbered in ``trainable`` require grad.
 

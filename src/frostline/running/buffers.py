@@ -68,19 +68,22 @@ def _decisive(name: str, own: Mapping[str, list[int]]) -> list[int]:
 
 @dataclass
 class _Call:
-    """A module that is being called: what it has lent away, in which frame, and how many calls of it are open."""
+    """A module that is being called: what it has lent away, and the frames that its open calls are in."""
 
     module: nn.Module
     buffers: dict[str, Tensor | None]
-    frame: FrameType | None
-    depth: int = 1
+    frames: list[FrameType | None]
 
     @property
     def is_torn(self) -> bool:
         """Whether it has ended without a word, as an interrupt ends it: torch's hooks are called after errors only."""
-        if self.frame is None:
-            return False
-        return not any(self.frame is frame for top in sys._current_frames().values() for frame in _stack(top))
+        running = {id(frame) for top in sys._current_frames().values() for frame in _stack(top)}
+        return not any(frame is None or id(frame) in running for frame in self.frames)
+
+    def left(self, frame: FrameType | None) -> None:
+        """One of its calls is over: that in ``frame``, if it is known."""
+        known = [place for place, each in enumerate(self.frames) if each is frame]
+        del self.frames[known[0] if known else -1]
 
     def give_back(self) -> None:
         self.module._buffers.update(self.buffers)
@@ -120,10 +123,10 @@ class Guard:
             if call is not None and self._is_over(call):
                 call = None
             if call is not None:
-                call.depth += 1
+                call.frames.append(_caller())
             elif self.active and module.training:  # in eval mode modules read their buffers, and autograd keeps them
                 lent = {name: module._buffers[name] for name in lasting_buffers(module)}
-                self._calls[id(module)] = _Call(module, lent, _caller())
+                self._calls[id(module)] = _Call(module, lent, [_caller()])
                 module._buffers.update(_stand_ins(module, lent, args))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
@@ -131,8 +134,8 @@ class Guard:
             call = self._calls.get(id(module))
             if call is None:
                 return
-            call.depth -= 1
-            if call.depth == 0:
+            call.left(_caller())
+            if not call.frames:
                 del self._calls[id(module)]
                 call.give_back()
 
@@ -164,8 +167,14 @@ class Guard:
 
 
 def _caller() -> FrameType | None:
-    """The frame that calls the hook that asks; none for a compiler, which has no frames."""
-    return None if torch.compiler.is_compiling() else sys._getframe(2)
+    """The frame of torch that calls the module whose hook asks; none for a compiler, which has no frames."""
+    if torch.compiler.is_compiling():
+        return None
+    calls = (frame for frame in _stack(sys._getframe(2)) if frame.f_code is _CALL)
+    return next(calls, None)
+
+
+_CALL = nn.Module._call_impl.__code__
 
 
 def _stack(top: FrameType) -> Iterator[FrameType]:
@@ -214,5 +223,7 @@ def _only_writes(module: nn.Module, args: tuple[Any, ...]) -> bool:
     given = args[0] if args else None
     if len(module._forward_pre_hooks) > 1 or not isinstance(given, Tensor):
         return False
-    same = all(b is None or not b.is_floating_point() or b.dtype == given.dtype for b in module._buffers.values())
-    return same and (module.affine or (given.dim() > 1 and given.shape[1] == module.num_features))
+    beside = module.weight if module.affine else given
+    if any(b is not None and b.is_floating_point() and b.dtype != beside.dtype for b in module._buffers.values()):
+        return False
+    return module.affine or (given.dim() > 1 and given.shape[1] == module.num_features)

@@ -459,3 +459,17 @@ def test_statistics_are_as_precise_as_without_a_run(affine: bool):
 
     for ours, eager in zip(outcome(True), outcome(False), strict=True):
         assert torch.equal(ours, eager)
+
+
+def test_two_runs_whose_models_share_a_module_without_parameters():
+    """An actor and a critic behind one normaliser: its buffer is the same tensor afterwards."""
+    shared, x = Scaled(), torch.randn(3, 4)
+    scale = shared.scale
+    actor, critic = nn.Sequential(shared, nn.Linear(4, 2)), nn.Sequential(shared, nn.Linear(4, 1))
+    for model in (actor, critic):
+        model.append(nn.Linear(model[1].out_features, 1))
+    with fl.train_only(actor, "2"), fl.train_only(critic, "2"):
+        actor(x)
+        critic(x)
+    assert shared.scale is scale
+    assert torch.equal(scale, torch.ones(4))

@@ -68,8 +68,9 @@ def _decisive(name: str, own: Mapping[str, list[int]]) -> list[int]:
 
 @dataclass
 class _Call:
-    """A module that is being called: what it has lent away, and the frames that its open calls are in."""
+    """A module that is being called: who lends it what, for what it had, and the frames that its open calls are in."""
 
+    guard: Guard
     module: nn.Module
     buffers: dict[str, Tensor | None]
     frames: list[FrameType | None]
@@ -77,16 +78,24 @@ class _Call:
     @property
     def is_torn(self) -> bool:
         """Whether it has ended without a word, as an interrupt ends it: torch's hooks are called after errors only."""
+        if None in self.frames:
+            return False
         running = {id(frame) for top in sys._current_frames().values() for frame in _stack(top)}
-        return not any(frame is None or id(frame) in running for frame in self.frames)
+        return not any(id(frame) in running for frame in self.frames)
 
     def left(self, frame: FrameType | None) -> None:
         """One of its calls is over: that in ``frame``, if it is known."""
         known = [place for place, each in enumerate(self.frames) if each is frame]
         del self.frames[known[0] if known else -1]
 
-    def give_back(self) -> None:
+    def end(self) -> None:
+        """Give back what it had."""
+        del _calls[id(self.module)]
         self.module._buffers.update(self.buffers)
+
+
+_calls: dict[int, _Call] = {}  # by module: of two runs that share one, one lends
+_lock = threading.RLock()
 
 
 class Guard:
@@ -99,8 +108,6 @@ class Guard:
 
     def __init__(self) -> None:
         self.active = True
-        self._calls: dict[int, _Call] = {}
-        self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: Any) -> Guard:
         return _inert_guard()
@@ -118,52 +125,50 @@ class Guard:
         later(module.register_state_dict_pre_hook(self.before_saving).remove)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        with self._locked():
-            call = self._calls.get(id(module))
-            if call is not None and self._is_over(call):
-                call = None
+        with _locked():
+            call = _open_call(module)
             if call is not None:
-                call.frames.append(_caller())
+                if call.guard is self:
+                    call.frames.append(_caller())
             elif self.active and module.training:  # in eval mode modules read their buffers, and autograd keeps them
                 lent = {name: module._buffers[name] for name in lasting_buffers(module)}
-                self._calls[id(module)] = _Call(module, lent, [_caller()])
+                _calls[id(module)] = _Call(self, module, lent, [_caller()])
                 module._buffers.update(_stand_ins(module, lent, args))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        with self._locked():
-            call = self._calls.get(id(module))
-            if call is None:
+        with _locked():
+            call = _calls.get(id(module))
+            if call is None or call.guard is not self:
                 return
             call.left(_caller())
             if not call.frames:
-                del self._calls[id(module)]
-                call.give_back()
+                call.end()
 
     def before_saving(self, module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
         """What an interrupt left lent is given back: handlers of it save the model."""
-        with self._locked():
-            call = self._calls.get(id(module))
-            if call is not None:
-                self._is_over(call)
-
-    def _is_over(self, call: _Call) -> bool:
-        """Whether a call was torn; if it was, what it lent is given back."""
-        if not call.is_torn:
-            return False
-        del self._calls[id(call.module)]
-        call.give_back()
-        return True
+        with _locked():
+            _open_call(module)
 
     def close(self) -> None:
         """Give back whatever is still lent: an interrupt may have torn a call."""
-        with self._locked():
+        with _locked():
             self.active = False
-            for call in self._calls.values():
-                call.give_back()
-            self._calls.clear()
+            for call in list(_calls.values()):
+                if call.guard is self:
+                    call.end()
 
-    def _locked(self) -> Any:
-        return nullcontext() if torch.compiler.is_compiling() else self._lock
+
+def _locked() -> Any:
+    return nullcontext() if torch.compiler.is_compiling() else _lock
+
+
+def _open_call(module: nn.Module) -> _Call | None:
+    """The call that a module is in; one that was torn is ended."""
+    call = _calls.get(id(module))
+    if call is None or not call.is_torn:
+        return call
+    call.end()
+    return None
 
 
 def _caller() -> FrameType | None:

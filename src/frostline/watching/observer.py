@@ -92,7 +92,7 @@ class Observer:
         self._by_optimizer: dict[int, OptimizerFact] = {}
         self._fresh: set[int] = set()  # optimizers made after others had stepped: they are to be inspected too
         self._used: list[nn.Module] = []  # models called since the last pass
-        self._moves = Moves(record)
+        self._moves = Moves(record, self._safely)
         self._samples = Samples()
         self._ranks = Ranks(record)
         self._step_ended: tuple[float, int] | None = None  # the last one, if what follows is not inspected

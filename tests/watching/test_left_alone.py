@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.watching.watching import watched, write
+from tests.watching.watching import only, watched, write
 
 HEAD = """
 import torch
@@ -45,3 +45,56 @@ def assert_trains(folder: Path, source: str) -> None:
 @pytest.mark.parametrize("source", [HOOKS, SPARSE_GRADIENTS], ids=["vectors", "sparse"])
 def test_a_gradient_hook_may_be_on_any_parameter(tmp_path: Path, source: str) -> None:
     assert_trains(tmp_path, HEAD + source + STEPS)
+
+
+BUFFERS = """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("mask", torch.ones(6, dtype=torch.bool))
+        self.register_buffer("links", torch.eye(6).to_sparse())
+        self.register_buffer("small", torch.ones(6).to(torch.float8_e4m3fn))
+        self.register_buffer("nowhere", torch.empty(6, device="meta"))
+        self.register_buffer("turned", torch.ones(6, dtype=torch.complex64))
+    def forward(self, x):
+        self.mask[0] = False
+        self.turned *= 1j
+        return torch.sparse.mm(self.links, self.linear(x)).masked_fill(self.mask, 0.0)
+
+model, inputs = Model(), torch.randn(6, 6)
+"""
+
+FAKE = """
+from torch._subclasses import FakeTensorMode
+
+with FakeTensorMode():
+    fake = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    fake(torch.randn(2, 4)).sum().backward()
+model, inputs = nn.Linear(4, 3), torch.randn(2, 4)
+"""
+
+FROZEN_NORM = """
+model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=None), nn.Linear(3, 2))
+model[:2].requires_grad_(False)
+model[1].num_batches_tracked = None
+inputs = torch.randn(5, 4)
+"""
+
+
+@pytest.mark.parametrize("source", [BUFFERS, FAKE], ids=["buffers", "fake"])
+def test_parameters_and_buffers_may_be_of_any_kind(tmp_path: Path, source: str) -> None:
+    assert_trains(tmp_path, HEAD + source + STEPS)
+
+
+def test_how_far_a_buffer_moved_is_known_where_it_can_be(tmp_path: Path) -> None:
+    seen, _ = watched(write(tmp_path, HEAD + BUFFERS + STEPS))
+    most = {buffer.name: buffer.most for buffer in seen.record.models[0].buffers}
+    assert (most["mask"], most["small"], most["links"], most["nowhere"]) == (1.0, 0.0, None, None)
+    assert most["turned"] == pytest.approx(2**0.5)  # 1 -> 1j -> -1 -> -1j
+
+
+def test_a_frozen_norm_whose_statistics_cannot_be_compared_is_found_all_the_same(tmp_path: Path) -> None:
+    end = "\nmodel[1].running_mean, model[1].running_var = torch.ones(3, 1), torch.ones(3, 1)\n"
+    seen, _ = watched(write(tmp_path, HEAD + FROZEN_NORM + STEPS + end))
+    assert "by up to" not in only(seen, "frozen-norm-drift").evidence[0]

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, bytes | None]:
@@ -17,6 +17,12 @@ def digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, bytes | None]:
 def changed(before: Mapping[str, bytes | None], after: Mapping[str, bytes | None]) -> list[str]:
     """The names whose tensor changed, came or went."""
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is numbers in memory and nothing else: not sparse, fake, on ``meta``, or wrapped."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+    return plain and tensor.device.type != "meta" and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _digest(tensor: Tensor) -> bytes | None:

@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from frostline.kernels import kernels_active
 from frostline.probing.page_faults import page_faults
-from frostline.running.values import digests
+from frostline.running.values import digests, is_plain
 from frostline.watching.moves import Moves
 from frostline.watching.places import around, called, caller, holding
 from frostline.watching.ranks import Ranks, is_world
@@ -135,7 +135,7 @@ class Observer:
         self._used.clear()
         self._safely(self._count_samples)
         for model in self.record.models:
-            _look(model, "last")
+            self._safely(_look, model, "last")
         for _, fact in self.record.facts():
             fact.owners = set(self.record.owned.get(id(fact.parameter), ()))
 
@@ -598,8 +598,13 @@ def _look(model: ModelFact, when: str) -> None:
     for each in model.buffers:
         setattr(each, when, values.get(each.name))
         buffer = buffers.get(each.name)
-        if buffer is not None and each.is_kept:
+        if buffer is not None and each.is_kept and is_plain(buffer):
             if when == "first":
                 each.value = buffer.detach().clone()
             elif each.value is not None and each.value.shape == buffer.shape:
-                each.most = float((buffer.detach().to(each.value) - each.value).abs().max())
+                each.most = float((_wide(buffer) - _wide(each.value)).abs().max())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The numbers in a dtype that takes all others: there is no difference of two booleans, nor of small floats."""
+    return tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)

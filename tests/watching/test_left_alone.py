@@ -98,3 +98,11 @@ def test_a_frozen_norm_whose_statistics_cannot_be_compared_is_found_all_the_same
     end = "\nmodel[1].running_mean, model[1].running_var = torch.ones(3, 1), torch.ones(3, 1)\n"
     seen, _ = watched(write(tmp_path, HEAD + FROZEN_NORM + STEPS + end))
     assert "by up to" not in only(seen, "frozen-norm-drift").evidence[0]
+
+
+def test_a_storage_can_still_be_resized(tmp_path: Path) -> None:
+    source = "model, inputs = nn.Linear(4, 3), torch.randn(2, 4)"
+    end = (
+        "\nstorage = model.weight.untyped_storage()\nsize = storage.nbytes()\nstorage.resize_(0)\nstorage.resize_(size)"
+    )
+    assert_trains(tmp_path, HEAD + source + STEPS + end)

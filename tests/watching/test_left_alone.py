@@ -106,3 +106,22 @@ def test_a_storage_can_still_be_resized(tmp_path: Path) -> None:
         "\nstorage = model.weight.untyped_storage()\nsize = storage.nbytes()\nstorage.resize_(0)\nstorage.resize_(size)"
     )
     assert_trains(tmp_path, HEAD + source + STEPS + end)
+
+
+def test_the_default_device_may_change_at_any_time(tmp_path: Path) -> None:
+    source = """
+model = nn.Linear(4, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+torch.set_default_device("cpu")
+for _ in range(2):
+    out = model(torch.randn(2, 4))
+    torch.set_default_device("cpu")
+    with torch.device("cpu"):
+        loss = out.pow(2).mean()
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        model(torch.randn(2, 4))
+    torch.set_default_device(None)
+"""
+    assert_trains(tmp_path, HEAD + source)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import pytest
-from tests.watching.watching import only, watched, write
+from tests.watching.watching import only, plainly, watched, write
+
+import frostline as fl
+from frostline.watching.script import Script
 
 HEAD = """
 import torch
@@ -125,3 +129,47 @@ for _ in range(2):
     torch.set_default_device(None)
 """
     assert_trains(tmp_path, HEAD + source)
+
+
+META = """
+with torch.device("meta"):
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+model(torch.empty(2, 4, device="meta"))
+model.to_empty(device="cpu")
+for module in model:
+    module.reset_parameters()
+inputs = torch.randn(2, 4)
+"""
+
+
+def test_a_model_is_looked_at_once_it_is_in_memory(tmp_path: Path) -> None:
+    assert_trains(tmp_path, HEAD + META + STEPS)
+    seen, _ = watched(tmp_path / "train.py")
+    assert all(fact.owners and fact.moved for _, fact in seen.record.facts())
+
+
+MODES = """
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+model = nn.Sequential(nn.Linear(64, 600), nn.ReLU(), nn.Linear(600, 600), nn.BatchNorm1d(600), nn.Linear(600, 2))
+model[:3].requires_grad_(False)
+model[4].weight.register_hook(lambda gradient: gradient * (torch.arange(2) == 0)[:, None])
+inputs, names = torch.randn(4, 64), Names()
+with names:
+"""
+
+
+def test_the_modes_of_the_script_see_nothing_of_ours(tmp_path: Path) -> None:
+    path = write(tmp_path, HEAD + MODES + textwrap.indent(STEPS, "    "))
+    script = Script(str(path), [])
+    with fl.watch(values=True):
+        script.run(lambda: None)
+    assert script._main.names.seen == plainly(path)["names"].seen

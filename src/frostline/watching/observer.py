@@ -27,6 +27,7 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from frostline.kernels import kernels_active
+from frostline.kernels.unseen import unseen
 from frostline.probing.page_faults import page_faults
 from frostline.running.values import digests, is_plain
 from frostline.watching.moves import Moves
@@ -262,7 +263,7 @@ class Observer:
         if next(module.parameters(), None) is None:
             return None
         top = _unwrapped(around(module))
-        if any(torch.nn.parameter.is_lazy(p) for p in top.parameters()):
+        if any(torch.nn.parameter.is_lazy(p) or p.is_meta for p in top.parameters()):  # (others will take their place)
             return None
         model = _facts_of(top, called(top))
         if model.compiled or compiled:
@@ -527,9 +528,10 @@ class Observer:
         return original(group)
 
     def _safely(self, look: Callable[..., None], *args: Any) -> None:
-        """What goes wrong in our looking is a note, and never the script's trouble."""
+        """What goes wrong in our looking is a note, and never the script's trouble; its modes do not see us."""
         try:
-            look(*args)
+            with unseen():
+                look(*args)
         except Exception as error:
             said = f"{look.__name__.strip('_').replace('_', ' ')}: {type(error).__name__}: {error}"
             self._note(f"not seen ({said})")

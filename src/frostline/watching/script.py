@@ -6,6 +6,7 @@ import builtins
 import importlib.machinery
 import importlib.util
 import io
+import os
 import sys
 import threading
 import traceback
@@ -53,9 +54,13 @@ class Script:
             path /= "__main__.py"
         if not path.is_file():
             raise TargetError(f"there is no file {str(path)!r} to run")
-        with io.open_code(str(path.resolve())) as file:
-            code = compile(file.read(), str(path), "exec", dont_inherit=True)
-        self._main.__dict__.update(__file__=str(path), __builtins__=builtins, __spec__=None, __package__=None)
+        full = os.path.abspath(path)  # (as Python has it: links stay)
+        with io.open_code(full) as file:
+            code = compile(file.read(), full, "exec", dont_inherit=True)
+        loader = importlib.machinery.SourceFileLoader("__main__", full)
+        self._main.__dict__.update(
+            __file__=full, __builtins__=builtins, __spec__=None, __package__=None, __loader__=loader, __cached__=None
+        )
         self._path = str(path.resolve().parent)
         self._argv0 = name
         return code

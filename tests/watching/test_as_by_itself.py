@@ -55,3 +55,57 @@ def test_its_file_is_found_after_it_went_elsewhere(tmp_path: Path, monkeypatch: 
         ended = script.run(lambda: None)
     (finding,) = seen.findings
     assert (ended.how, finding.place, finding.fix.line) == ("end", f"{tmp_path}/train.py:7", 7)
+
+
+CLOSED = """
+with open("log.txt", "w") as sys.stdout:
+    print("logged")
+"""
+
+REPLACED = """
+class Loud:
+    def write(self, text): stream.write(text.upper())
+    def flush(self): stream.flush()
+
+stream, sys.stderr = sys.stderr, Loud()
+"""
+
+
+@pytest.mark.parametrize("end", [CLOSED, REPLACED, "sys.stdout = sys.stderr = None\n"], ids=["closed", "own", "none"])
+def test_the_report_does_not_depend_on_the_streams_that_it_leaves(tmp_path: Path, end: str) -> None:
+    write(tmp_path, TRAINS + end)
+    done = watch("train.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "WASTE unowned-grad" in done.stderr
+
+
+def test_without_any_stderr_there_are_still_the_data_and_the_exit_code(tmp_path: Path) -> None:
+    write(tmp_path, TRAINS + "sys.stderr.close()\nsys.exit('the end')\n")
+    done = watch("--json", "data.json", "train.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "unowned-grad" in (tmp_path / "data.json").read_text()
+
+
+def test_the_data_go_where_the_command_was_given(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path, TRAINS + "os.chdir('elsewhere')\n")
+    assert watch("--json", "data.json", "train.py", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "data.json").exists()
+
+
+def test_what_runs_at_exit_finds_the_script_as_main(tmp_path: Path) -> None:
+    source = """
+    import atexit, pickle, sys
+
+    class Own:
+        pass
+
+    def at_exit():
+        import helper
+        print(sys.argv, helper.VALUE, type(pickle.loads(pickle.dumps(Own()))))
+
+    atexit.register(at_exit)
+    """
+    write(tmp_path, source)
+    write(tmp_path, "VALUE = 7", "helper.py")
+    assert watch("train.py", "x", cwd=tmp_path).stdout == run("train.py", "x", cwd=tmp_path).stdout != ""

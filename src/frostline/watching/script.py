@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
@@ -87,11 +88,14 @@ class Script:
         self._argv0 = str(spec.origin)
         return code
 
-    def run(self, afterwards: Callable[[], None]) -> Ended:
+    def run(self, afterwards: Callable[[], None], *, stays: bool = False) -> Ended:
         """Run it to its end, then ``afterwards``, and say how it ended.
 
         An error is printed as Python prints it: by ``sys.excepthook``, with the user's frames alone. Threads that it
         started and that are not daemons are waited for.
+
+        Args:
+            stays: leave ``__main__``, the arguments and the path as they are for what runs at the process's exit.
         """
         before = sys.argv, sys.path[:], sys.modules.get("__main__")
         sys.argv = [self._argv0, *self.args]
@@ -102,9 +106,10 @@ class Script:
             _wait_for_threads()
             afterwards()
         finally:
-            sys.argv, sys.path[:] = before[0], before[1]
-            if before[2] is not None:
-                sys.modules["__main__"] = before[2]
+            if not stays:
+                sys.argv, sys.path[:] = before[0], before[1]
+                if before[2] is not None:
+                    sys.modules["__main__"] = before[2]
         return ended
 
     def _run(self) -> Ended:
@@ -115,12 +120,23 @@ class Script:
         except SystemExit as error:
             if error.code is None or isinstance(error.code, int):
                 return Ended(error.code or 0, "exit")
-            print(error.code, file=sys.stderr)
+            with suppress(*_NO_STREAM):
+                print(error.code, file=sys.stderr)
             return Ended(1, "exit")
         except BaseException as error:
             _print(error)
             return Ended(130, "interrupt") if isinstance(error, KeyboardInterrupt) else Ended(1, "error")
         return Ended(0, "end")
+
+
+_NO_STREAM = (ValueError, OSError, AttributeError)  # closed, broken, None
+
+
+def flush() -> None:
+    """Write out what the script printed, to whatever it left as its streams."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(*_NO_STREAM):
+            stream.flush()
 
 
 def _is_entry(path: str) -> bool:
@@ -133,12 +149,13 @@ def _print(error: BaseException) -> None:
     trace: TracebackType | None = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
-    sys.stdout.flush()
+    flush()
     try:
         sys.excepthook(type(error), error.with_traceback(trace), trace)
     except Exception:  # a hook of the user's that fails
-        traceback.print_exception(type(error), error, trace)
-    sys.stderr.flush()
+        with suppress(*_NO_STREAM):
+            traceback.print_exception(type(error), error, trace)
+    flush()
 
 
 def _wait_for_threads() -> None:

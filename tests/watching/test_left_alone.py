@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,37 @@ def test_the_modes_of_the_script_see_nothing_of_ours(tmp_path: Path) -> None:
     with fl.watch(values=True):
         script.run(lambda: None)
     assert script._main.names.seen == plainly(path)["names"].seen
+
+
+IN_A_THREAD = """
+import threading
+
+model, over = nn.Linear(4, 3), threading.Event()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+def train():
+    for _ in range(50):
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+    over.set()
+
+thread = threading.Thread(target=train)
+thread.start()
+"""
+
+
+@pytest.mark.parametrize("end", ["over.wait()", "thread.join()", ""], ids=["event", "join", "nothing"])
+def test_enough_in_a_thread_ends_the_script(tmp_path: Path, capfd: pytest.CaptureFixture[str], end: str) -> None:
+    hook = threading.excepthook
+    seen, ended = watched(write(tmp_path, HEAD + IN_A_THREAD + end), steps=3)
+    assert (ended.code, ended.how, seen.record.num_steps) == (0, "enough", 3)
+    assert capfd.readouterr().err == ""
+    assert threading.excepthook is hook
+
+
+def test_other_errors_of_threads_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[type[BaseException]] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: errors.append(args.exc_type))
+    source = "import threading\nthread = threading.Thread(target=lambda: 1 / 0)\nthread.start()\nthread.join()\n"
+    _, ended = watched(write(tmp_path, source))
+    assert (ended.how, errors) == ("end", [ZeroDivisionError])

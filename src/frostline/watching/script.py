@@ -7,16 +7,20 @@ import importlib.machinery
 import importlib.util
 import io
 import os
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 
 from frostline.errors import TargetError
+
+_WAKES: int | None = getattr(signal, "SIGRTMAX", None) or getattr(signal, "SIGUSR2", None)
+"""A signal that few scripts use: it takes the main thread out of whatever it waits for."""
 
 
 class Enough(BaseException):
@@ -102,8 +106,8 @@ class Script:
         sys.path[0:1] = [self._path] if _is_entry(sys.path[0]) else [self._path, *sys.path[0:1]]
         sys.modules["__main__"] = self._main
         try:
-            ended = self._run()
-            _wait_for_threads()
+            with _Threads() as threads:
+                ended = threads.run(self._run)
             afterwards()
         finally:
             if not stays:
@@ -158,7 +162,43 @@ def _print(error: BaseException) -> None:
     flush()
 
 
-def _wait_for_threads() -> None:
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon and thread is not threading.main_thread():
-            thread.join()
+class _Threads:
+    """The script's threads: they are waited for, and `Enough` in one of them ends the main one too, without a word."""
+
+    def __init__(self) -> None:
+        self._main = threading.current_thread()
+        self._runs = self._enough = False
+        self._undo = ExitStack()
+
+    def __enter__(self) -> _Threads:
+        self._others = threading.excepthook
+        threading.excepthook = self._ended
+        if _WAKES is not None and self._main is threading.main_thread():
+            self._undo.callback(signal.signal, _WAKES, signal.signal(_WAKES, self._woken))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if threading.excepthook == self._ended:  # (the script may have put its own in place)
+            threading.excepthook = self._others
+        self._undo.close()
+
+    def run(self, script: Callable[[], Ended]) -> Ended:
+        self._runs = True
+        ended = script()
+        self._runs = False
+        for thread in threading.enumerate():
+            if thread not in (threading.current_thread(), threading.main_thread()) and not thread.daemon:
+                thread.join()
+        return Ended(0, "enough") if self._enough and ended.code == 0 else ended
+
+    def _ended(self, args: threading.ExceptHookArgs) -> None:
+        if not issubclass(args.exc_type, Enough):
+            self._others(args)
+            return
+        self._enough = True
+        if _WAKES is not None and self._main is threading.main_thread() and self._main.ident is not None:
+            signal.pthread_kill(self._main.ident, _WAKES)
+
+    def _woken(self, *_: object) -> None:
+        if self._runs:
+            raise Enough

@@ -208,3 +208,40 @@ def test_other_errors_of_threads_are_printed(tmp_path: Path, monkeypatch: pytest
     source = "import threading\nthread = threading.Thread(target=lambda: 1 / 0)\nthread.start()\nthread.join()\n"
     _, ended = watched(write(tmp_path, source))
     assert (ended.how, errors) == ("end", [ZeroDivisionError])
+
+
+IN_A_FUNCTION = """
+import gc, weakref
+
+def train(rate=0.1, seed=3):
+    model, first = nn.Linear(4, 3), torch.zeros(())
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    for _ in range(2):
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+    model.eval()
+    gone = weakref.ref(first)
+    del first
+    return gone()
+
+def named(rate=0.1, seed=3):
+    settings = locals()
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    for _ in range(2):
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+    return settings
+
+kept, settings = train(), named()
+"""
+
+
+def test_the_variables_of_a_function_are_its_own(tmp_path: Path) -> None:
+    """Before Python 3.13 looking at them fills the dict of ``locals()``, and holds what the function lets go of."""
+    script = Script(str(write(tmp_path, HEAD + IN_A_FUNCTION)), [])
+    with fl.watch() as seen:
+        script.run(lambda: None)
+    assert script._main.settings == {"rate": 0.1, "seed": 3}
+    assert script._main.kept is None
+    assert [model.variable for model in seen.record.models] == ["model", ""]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import textwrap
 import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tests.watching.watching import only, plainly, watched, write
+from torch import nn
 
 import frostline as fl
 from frostline.watching.script import Script
@@ -245,3 +250,22 @@ def test_the_variables_of_a_function_are_its_own(tmp_path: Path) -> None:
     assert script._main.settings == {"rate": 0.1, "seed": 3}
     assert script._main.kept is None
     assert [model.variable for model in seen.record.models] == ["model", ""]
+
+
+def test_optimizers_of_models_that_are_not_looked_at_are_freed() -> None:
+    alive: list[weakref.ref[Any]] = []
+    with fl.watch() as seen:
+        for _ in range(12):
+            model = nn.Linear(4, 3)
+            optimizer = torch.optim.Adam(model.parameters())
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(torch.ones(2, 4)).pow(2).mean().backward()
+                optimizer.step()
+            alive.append(weakref.ref(optimizer))
+        del model, optimizer
+        gc.collect()
+        assert [ref() is not None for ref in alive] == [True] * 8 + [False] * 4
+    assert [fact.steps for fact in seen.record.optimizers] == [2] * 12
+    assert {fact.kind for fact in seen.record.optimizers} == {"Adam"}
+    assert not seen.findings

@@ -17,6 +17,7 @@ from contextlib import ExitStack, nullcontext
 from multiprocessing.process import BaseProcess
 from typing import Any
 from unittest import mock
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -90,7 +91,7 @@ class Observer:
         self._by_parameter: dict[int, ParameterFact] = {}
         self._tape = Tape(self._by_parameter)
         self._tape_thread = 0
-        self._by_optimizer: dict[int, OptimizerFact] = {}
+        self._by_optimizer: WeakKeyDictionary[Any, OptimizerFact] = WeakKeyDictionary()
         self._fresh: set[int] = set()  # optimizers made after others had stepped: they are to be inspected too
         self._used: list[nn.Module] = []  # models called since the last pass
         self._moves = Moves(record, self._safely)
@@ -291,17 +292,17 @@ class Observer:
 
     def _optimizer_made(self, original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(optimizer, *args, **kwargs)
-        if self._here and id(optimizer) not in self._by_optimizer:
+        if self._here and optimizer not in self._by_optimizer:
             self._optimizer(optimizer, made=True)
         return result
 
     def _optimizer(self, optimizer: Any, *, made: bool = False) -> OptimizerFact:
-        fact = self._by_optimizer.get(id(optimizer))
+        fact = self._by_optimizer.get(optimizer)
         if fact is None:
             number = len(self.record.optimizers)
             fact = OptimizerFact(number, optimizer, caller() if made else None)
             self.record.optimizers.append(fact)
-            self._by_optimizer[id(optimizer)] = fact
+            self._by_optimizer[optimizer] = fact
             if self.record.num_steps:
                 self._fresh.add(number)
         return fact
@@ -315,6 +316,7 @@ class Observer:
         if self._inspects:
             self._ranks.look()
         fact = self._optimizer(optimizer)
+        fact.optimizer = optimizer
         self._look_at_flags()
         if self._inspects:
             fact.variable = fact.variable or called(optimizer)
@@ -343,6 +345,7 @@ class Observer:
     def _look_after_step(self, optimizer: Any) -> None:
         fact = self._optimizer(optimizer)
         self._moves.after(fact)
+        self._let_go_of_strangers(fact)
         if self.values is not None and self._inspects:
             self.values.after_step()
         if self._inspects:
@@ -356,6 +359,13 @@ class Observer:
             self._tape.drop()
             self._used.clear()
         self._look_at_pace()
+
+    def _let_go_of_strangers(self, fact: OptimizerFact) -> None:
+        """Keep no optimizer alive all of whose parameters train and are of no model that is looked at."""
+        numbers = {id(parameter) for parameter in fact.parameters()}
+        if numbers <= self.record.stray:
+            self.record.stray -= numbers
+            fact.optimizer = None
 
     def _look_at_pace(self) -> None:
         now = time.perf_counter(), page_faults()

@@ -109,3 +109,9 @@ def test_what_runs_at_exit_finds_the_script_as_main(tmp_path: Path) -> None:
     write(tmp_path, source)
     write(tmp_path, "VALUE = 7", "helper.py")
     assert watch("train.py", "x", cwd=tmp_path).stdout == run("train.py", "x", cwd=tmp_path).stdout != ""
+
+
+def test_it_is_said_that_numbers_of_threads_came_too_late(tmp_path: Path) -> None:
+    write(tmp_path, "import os\nos.environ['OMP_NUM_THREADS'] = '77'\n")
+    done = watch("train.py", cwd=tmp_path)
+    assert "the script set OMP_NUM_THREADS=77 too late" in " ".join(done.stderr.split())

@@ -70,6 +70,7 @@ def watch(
     # The script may go elsewhere, put streams of its own in place and close them: ours are taken first.
     process, console = os.getpid(), Console(file=sys.stderr, highlight=False)
     data = None if as_json is None else Path(as_json).absolute()
+    threads = _threads()
     script = Script(command[0], command[1:], module=module)
     seen = Watch(command[0], ignore or (), stop, values=values, time=time)
     with seen:
@@ -77,11 +78,29 @@ def watch(
     seen.record.ended = ended.how
     if os.getpid() != process or own_rank(seen.record):  # a child of the script's own; rank 0 speaks for all
         raise typer.Exit(ended.code)
+    _note_threads(seen, threads)
     flush()
     _report(seen, console, data)
     if ended.code == 0 and strict and not seen.is_clean:
         raise typer.Exit(1)
     raise typer.Exit(ended.code)
+
+
+def _threads() -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+
+def _note_threads(seen: Watch, before: dict[str, str | None]) -> None:
+    """Say that numbers of threads that the script itself set were not taken: they are read when torch is imported."""
+    import torch
+
+    now = torch.get_num_threads()
+    for name, value in _threads().items():
+        if value not in (None, before[name], str(now)):
+            seen.record.notes.append(
+                f"the script set {name}={value} too late: watch imports torch before the script runs, and torch ran "
+                f"with {now} threads; set it in the shell"
+            )
 
 
 def _report(seen: Watch, console: Console, data: Path | None) -> None:

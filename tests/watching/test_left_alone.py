@@ -269,3 +269,22 @@ def test_optimizers_of_models_that_are_not_looked_at_are_freed() -> None:
     assert [fact.steps for fact in seen.record.optimizers] == [2] * 12
     assert {fact.kind for fact in seen.record.optimizers} == {"Adam"}
     assert not seen.findings
+
+
+FAILS = """
+model = nn.Linear(4, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+try:
+    nn.functional.cross_entropy(model(torch.randn(2, 4)), torch.tensor([0, 1, 2]))
+except ValueError:
+    model(torch.randn(2, 4)).backward()
+"""
+
+
+def test_no_frame_of_ours_is_in_a_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _, ended = watched(write(tmp_path, HEAD + FAILS))
+    printed = capfd.readouterr().err
+    assert ended.how == "error"
+    assert "During handling of the above exception" in printed
+    assert "watching" not in printed
+    assert printed.count("train.py") == 2

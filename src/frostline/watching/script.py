@@ -149,13 +149,36 @@ def _is_entry(path: str) -> bool:
     return path == "" or Path(path).resolve() == own.resolve() or Path(path).resolve() == Path.cwd().resolve()
 
 
+_OURS = frozenset(str(Path(__file__).with_name(name)) for name in ("script.py", "observer.py", "tape.py"))
+
+
+def _without_ours(error: BaseException) -> None:
+    """Take the frames of what runs and watches the script out of an error's traceback, and of those behind it."""
+    behind: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while behind:
+        each = behind.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        steps = []
+        trace: TracebackType | None = each.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename not in _OURS:
+                steps.append(trace)
+            trace = trace.tb_next
+        for step, after in zip(steps, [*steps[1:], None], strict=True):
+            step.tb_next = after
+        each.__traceback__ = steps[0] if steps else None
+        behind += [each.__cause__, each.__context__]
+
+
 def _print(error: BaseException) -> None:
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
+    _without_ours(error)
+    trace = error.__traceback__
     flush()
     try:
-        sys.excepthook(type(error), error.with_traceback(trace), trace)
+        sys.excepthook(type(error), error, trace)
     except Exception:  # a hook of the user's that fails
         with suppress(*_NO_STREAM):
             traceback.print_exception(type(error), error, trace)

@@ -13,6 +13,8 @@ import typer
 from frostline.cli.terminal import report_width
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from frostline.watching.watch import Watch
 
 EXAMPLES = """\b
@@ -55,36 +57,57 @@ def watch(
     The script's output, exit code and results are its own; the report goes to stderr, after its end. Of several
     processes (torchrun ... -m frostline watch train.py) rank 0 reports.
     """
+    from rich.console import Console
+
     from frostline.watching.ranks import own_rank
-    from frostline.watching.script import Enough, Script
+    from frostline.watching.script import Enough, Script, flush
     from frostline.watching.watch import Watch
 
     def stop(done: int) -> None:
         if steps is not None and done >= steps:
             raise Enough
 
-    process = os.getpid()
+    # The script may go elsewhere, put streams of its own in place and close them: ours are taken first.
+    process, console = os.getpid(), Console(file=sys.stderr, highlight=False)
+    data = None if as_json is None else Path(as_json).absolute()
+    threads = _threads()
     script = Script(command[0], command[1:], module=module)
     seen = Watch(command[0], ignore or (), stop, values=values, time=time)
     with seen:
-        ended = script.run(seen.close)
+        ended = script.run(seen.close, stays=True)
     seen.record.ended = ended.how
     if os.getpid() != process or own_rank(seen.record):  # a child of the script's own; rank 0 speaks for all
         raise typer.Exit(ended.code)
-    _report(seen, as_json)
+    _note_threads(seen, threads)
+    flush()
+    _report(seen, console, data)
     if ended.code == 0 and strict and not seen.is_clean:
         raise typer.Exit(1)
     raise typer.Exit(ended.code)
 
 
-def _report(seen: Watch, as_json: str | None) -> None:
-    from rich.console import Console
+def _threads() -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
+
+def _note_threads(seen: Watch, before: dict[str, str | None]) -> None:
+    """Say that numbers of threads that the script itself set were not taken: they are read when torch is imported."""
+    import torch
+
+    now = torch.get_num_threads()
+    for name, value in _threads().items():
+        if value not in (None, before[name], str(now)):
+            seen.record.notes.append(
+                f"the script set {name}={value} too late: watch imports torch before the script runs, and torch ran "
+                f"with {now} threads; set it in the shell"
+            )
+
+
+def _report(seen: Watch, console: Console, data: Path | None) -> None:
     from frostline.reports.text import show
     from frostline.reports.watching import watch_lines
 
-    sys.stdout.flush()
-    console = Console(file=sys.stderr, highlight=False)
-    show(watch_lines(seen, report_width(console)), console)
-    if as_json is not None:
-        Path(as_json).write_text(json.dumps(seen.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if not console.file.closed:
+        show(watch_lines(seen, report_width(console)), console)
+    if data is not None:
+        data.write_text(json.dumps(seen.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +14,15 @@ _MOST_LOOKS = 4  # at the frozen parameters of one optimizer
 
 
 class Moves:
-    """Looks at the values of suspicious parameters before and after a step; the others are left alone."""
+    """Looks at the values of suspicious parameters before and after a step; the others are left alone.
 
-    def __init__(self, record: Record) -> None:
+    Args:
+        safely: calls what a hook of ours does, which is called in the midst of the user's backward.
+    """
+
+    def __init__(self, record: Record, safely: Callable[..., None]) -> None:
         self.record = record
+        self._safely = safely
         self._looks: dict[int, int] = {}
         self._frozen: list[tuple[int, Tensor, Tensor, float, bool]] = []
         self._rows: list[tuple[int, Tensor, Tensor, float]] = []
@@ -43,7 +49,7 @@ class Moves:
             self._looks[fact.number] = looks + 1
 
     def _look_at_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        if parameter.dim() < 2 or parameter.grad is None or parameter.grad.is_sparse:
+        if parameter.grad is None or parameter.grad.is_sparse:
             return
         raw = self._raw.pop(id(parameter), None)
         if raw is None:
@@ -56,13 +62,11 @@ class Moves:
 
     def watch(self, parameter: Tensor) -> None:
         """Note which rows of a gradient are not zero before the user's own hooks see it."""
-        if id(parameter) in self._watched:
+        if id(parameter) in self._watched or parameter.dim() < 2:
             return
 
         def note(gradient: Tensor) -> None:
-            rows = (gradient.detach().flatten(1) != 0).any(1)
-            before = self._raw.get(id(parameter))
-            self._raw[id(parameter)] = rows if before is None else rows | before
+            self._safely(self._note_rows, parameter, gradient)
 
         handle = parameter.register_hook(note)
         hooks: Any = parameter._backward_hooks
@@ -70,6 +74,13 @@ class Moves:
         hooks.clear()  # (torch walks the plain dict inside: OrderedDict.move_to_end would not be seen)
         hooks.update([(handle.id, note), *others])
         self._watched[id(parameter)] = handle
+
+    def _note_rows(self, parameter: Tensor, gradient: Tensor) -> None:
+        if gradient.layout is not torch.strided:
+            return
+        rows = (gradient.detach().flatten(1) != 0).any(1)
+        before = self._raw.get(id(parameter))
+        self._raw[id(parameter)] = rows if before is None else rows | before
 
     def after(self, fact: OptimizerFact) -> None:
         for number, parameter, before, momentum, has in self._frozen:

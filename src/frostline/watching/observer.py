@@ -17,6 +17,7 @@ from contextlib import ExitStack, nullcontext
 from multiprocessing.process import BaseProcess
 from typing import Any
 from unittest import mock
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -27,8 +28,9 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from frostline.kernels import kernels_active
+from frostline.kernels.unseen import unseen
 from frostline.probing.page_faults import page_faults
-from frostline.running.values import digests
+from frostline.running.values import digests, is_plain
 from frostline.watching.moves import Moves
 from frostline.watching.places import around, called, caller, holding
 from frostline.watching.ranks import Ranks, is_world
@@ -89,10 +91,10 @@ class Observer:
         self._by_parameter: dict[int, ParameterFact] = {}
         self._tape = Tape(self._by_parameter)
         self._tape_thread = 0
-        self._by_optimizer: dict[int, OptimizerFact] = {}
+        self._by_optimizer: WeakKeyDictionary[Any, OptimizerFact] = WeakKeyDictionary()
         self._fresh: set[int] = set()  # optimizers made after others had stepped: they are to be inspected too
         self._used: list[nn.Module] = []  # models called since the last pass
-        self._moves = Moves(record)
+        self._moves = Moves(record, self._safely)
         self._samples = Samples()
         self._ranks = Ranks(record)
         self._step_ended: tuple[float, int] | None = None  # the last one, if what follows is not inspected
@@ -135,7 +137,7 @@ class Observer:
         self._used.clear()
         self._safely(self._count_samples)
         for model in self.record.models:
-            _look(model, "last")
+            self._safely(_look, model, "last")
         for _, fact in self.record.facts():
             fact.owners = set(self.record.owned.get(id(fact.parameter), ()))
 
@@ -262,7 +264,7 @@ class Observer:
         if next(module.parameters(), None) is None:
             return None
         top = _unwrapped(around(module))
-        if any(torch.nn.parameter.is_lazy(p) for p in top.parameters()):
+        if any(torch.nn.parameter.is_lazy(p) or p.is_meta for p in top.parameters()):  # (others will take their place)
             return None
         model = _facts_of(top, called(top))
         if model.compiled or compiled:
@@ -290,17 +292,17 @@ class Observer:
 
     def _optimizer_made(self, original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(optimizer, *args, **kwargs)
-        if self._here and id(optimizer) not in self._by_optimizer:
+        if self._here and optimizer not in self._by_optimizer:
             self._optimizer(optimizer, made=True)
         return result
 
     def _optimizer(self, optimizer: Any, *, made: bool = False) -> OptimizerFact:
-        fact = self._by_optimizer.get(id(optimizer))
+        fact = self._by_optimizer.get(optimizer)
         if fact is None:
             number = len(self.record.optimizers)
             fact = OptimizerFact(number, optimizer, caller() if made else None)
             self.record.optimizers.append(fact)
-            self._by_optimizer[id(optimizer)] = fact
+            self._by_optimizer[optimizer] = fact
             if self.record.num_steps:
                 self._fresh.add(number)
         return fact
@@ -314,6 +316,7 @@ class Observer:
         if self._inspects:
             self._ranks.look()
         fact = self._optimizer(optimizer)
+        fact.optimizer = optimizer
         self._look_at_flags()
         if self._inspects:
             fact.variable = fact.variable or called(optimizer)
@@ -342,6 +345,7 @@ class Observer:
     def _look_after_step(self, optimizer: Any) -> None:
         fact = self._optimizer(optimizer)
         self._moves.after(fact)
+        self._let_go_of_strangers(fact)
         if self.values is not None and self._inspects:
             self.values.after_step()
         if self._inspects:
@@ -355,6 +359,13 @@ class Observer:
             self._tape.drop()
             self._used.clear()
         self._look_at_pace()
+
+    def _let_go_of_strangers(self, fact: OptimizerFact) -> None:
+        """Keep no optimizer alive all of whose parameters train and are of no model that is looked at."""
+        numbers = {id(parameter) for parameter in fact.parameters()}
+        if numbers <= self.record.stray:
+            self.record.stray -= numbers
+            fact.optimizer = None
 
     def _look_at_pace(self) -> None:
         now = time.perf_counter(), page_faults()
@@ -527,9 +538,10 @@ class Observer:
         return original(group)
 
     def _safely(self, look: Callable[..., None], *args: Any) -> None:
-        """What goes wrong in our looking is a note, and never the script's trouble."""
+        """What goes wrong in our looking is a note, and never the script's trouble; its modes do not see us."""
         try:
-            look(*args)
+            with unseen():
+                look(*args)
         except Exception as error:
             said = f"{look.__name__.strip('_').replace('_', ' ')}: {type(error).__name__}: {error}"
             self._note(f"not seen ({said})")
@@ -598,8 +610,13 @@ def _look(model: ModelFact, when: str) -> None:
     for each in model.buffers:
         setattr(each, when, values.get(each.name))
         buffer = buffers.get(each.name)
-        if buffer is not None and each.is_kept:
+        if buffer is not None and each.is_kept and is_plain(buffer):
             if when == "first":
                 each.value = buffer.detach().clone()
             elif each.value is not None and each.value.shape == buffer.shape:
-                each.most = float((buffer.detach().to(each.value) - each.value).abs().max())
+                each.most = float((_wide(buffer) - _wide(each.value)).abs().max())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The numbers in a dtype that takes all others: there is no difference of two booleans, nor of small floats."""
+    return tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)

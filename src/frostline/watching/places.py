@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dis
+import inspect
 import linecache
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -76,11 +78,40 @@ def _statements(filename: str) -> dict[int, int]:
     return found
 
 
+def variables_of(frame: FrameType) -> dict[str, Any]:
+    """The variables of running code, by name.
+
+    Before Python 3.13 a function's are read through one dict that lives as long as the frame, and that ``locals()``
+    gives out: it is emptied again, or left alone where the function may hold it.
+    """
+    if sys.version_info >= (3, 13) or not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        return dict(frame.f_locals)
+    if _reads_its_locals(frame.f_code):
+        return {}
+    read = frame.f_locals
+    found = dict(read)
+    if sys.getrefcount(read) == 3:  # the frame's, ours, and that of the call: nobody else got it
+        read.clear()
+    return found
+
+
+@cache
+def _reads_its_locals(code: CodeType) -> bool:
+    return any(
+        each.argval == "f_locals" or (each.argval in _READERS and each.opname == "LOAD_GLOBAL")
+        for each in dis.get_instructions(code)
+        if isinstance(each.argval, str)
+    )
+
+
+_READERS = ("locals", "vars", "eval", "exec")  # (`model.eval()` is no LOAD_GLOBAL)
+
+
 def called(value: Any) -> str:
     """The variable that names a value in running code, the user's own first; '' if none does."""
     library = ""
     for frame in frames():
-        for name, each in list(frame.f_locals.items()):
+        for name, each in variables_of(frame).items():
             if each is value and name.isidentifier() and name != "self" and not name.startswith("__"):
                 if not is_library(frame.f_code.co_filename):
                     return name
@@ -93,7 +124,7 @@ def around(module: nn.Module) -> nn.Module:
     best, size = module, 0
     seen: set[int] = set()
     for frame in frames():
-        for each in list(frame.f_locals.values()):
+        for each in variables_of(frame).values():
             if isinstance(each, nn.Module) and each is not module and id(each) not in seen:
                 seen.add(id(each))
                 inside = [id(m) for m in each.modules()]
@@ -108,7 +139,7 @@ def holding(parameter: nn.Parameter) -> nn.Module | None:
     size = 0
     seen: set[int] = set()
     for frame in frames():
-        for each in list(frame.f_locals.values()):
+        for each in variables_of(frame).values():
             if isinstance(each, nn.Module) and id(each) not in seen and not isinstance(each, torch.jit.ScriptModule):
                 seen.add(id(each))
                 inside = [id(p) for p in each.parameters()]

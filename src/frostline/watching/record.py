@@ -122,7 +122,10 @@ class ModelFact:
 
 @dataclass(eq=False)
 class OptimizerFact:
-    """An optimizer: where it was made, where it steps, what it holds, how often it stepped."""
+    """An optimizer: where it was made, where it steps, what it holds, how often it stepped.
+
+    ``optimizer`` is None for one that steps nothing of the models that are looked at: it may be freed.
+    """
 
     number: int
     optimizer: Any
@@ -131,12 +134,15 @@ class OptimizerFact:
     step_place: Place | None = None
     steps: int = 0
 
+    def __post_init__(self) -> None:
+        self.type = type(self.optimizer)
+
     @property
     def kind(self) -> str:
-        return type(self.optimizer).__name__
+        return self.type.__name__
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        for group in self.optimizer.param_groups:
+        for group in () if self.optimizer is None else self.optimizer.param_groups:
             yield from group["params"]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frostline.running.values import is_plain
 from frostline.watching.record import SamplesFact
 from frostline.watching.tape import leaves
 
@@ -125,7 +126,7 @@ class Samples:
     def _checksums(self, tensors: list[Tensor]) -> Tensor | None:
         """A number for each sample, of all its bits; None where they cannot be read sample by sample."""
         tensors = [tensor.detach() for tensor in tensors if tensor.numel()]
-        if not tensors or any(map(_is_strange, tensors)) or not tensors[0].dim():
+        if not tensors or not all(map(is_plain, tensors)) or not tensors[0].dim():
             return None
         samples = tensors[0].shape[0]
         with torch._C.DisableTorchFunction(), torch.no_grad():  # (of no concern to the script's own modes)
@@ -159,11 +160,6 @@ def _frozen_work(module: nn.Module, result: Any) -> int:
 
 def _needs_grad(result: Any) -> bool:
     return any(tensor.requires_grad for tensor in leaves(result))
-
-
-def _is_strange(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
-    return not plain or tensor.device.type == "meta" or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ class Steps:
 
     def _optimizer(self) -> Any:
         """The class of the script's optimizer (the first that stepped), if it is torch's and steps any parameter."""
-        kinds = [type(each.optimizer) for each in self.record.stepped]
+        kinds = [each.type for each in self.record.stepped]
         if not kinds or not kinds[0].__module__.startswith("torch.optim"):
             return "adamw"
         try:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 from frostline.running.kept import graph
 
@@ -105,24 +106,26 @@ class Tape(TorchFunctionMode):
         self._strange = False  # something of the entry being made is `unexplained`
         self._weak: dict[int, list[weakref.ref[Tensor]]] = {}  # of entries that need no gradient: their results
 
-    # -- in place or not: always below the user's own modes, so that theirs can be left in any order -------------------
+    # -- in place or not: below the user's own modes, so that theirs can be left in any order, but above the default
+    # device, which torch looks for at the bottom ----------------------------------------------------------------------
 
     def put(self) -> None:
         if not self.armed:
-            self._stack(without=True)
+            self._stack(own=[self])
             self.armed = True
 
     def take(self) -> None:
         """Take it away, now or, within a call that it sees, the next time."""
         self.armed = False
-        self._stack(without=False)
+        self._stack(own=[])
 
-    def _stack(self, *, without: bool) -> None:
-        modes = []
+    def _stack(self, *, own: list[Tape]) -> None:
+        modes: list[Any] = []
         while torch._C._len_torch_function_stack():
-            modes.append(torch._C._pop_torch_function_stack())
-        rest = [mode for mode in reversed(modes) if mode is not self]
-        for mode in [self, *rest] if without else rest:
+            modes.insert(0, torch._C._pop_torch_function_stack())
+        bottom = [mode for mode in modes if isinstance(mode, DeviceContext)]
+        rest = [mode for mode in modes if mode is not self and mode not in bottom]
+        for mode in [*bottom, *own, *rest]:
             torch._C._push_on_torch_function_stack(mode)
 
     # -- recording -----------------------------------------------------------------------------------------------------
@@ -264,7 +267,8 @@ def _autocast(args: Any, kwargs: Any) -> tuple[str, torch.dtype] | None:
 
 
 def autocast_on(device: str) -> tuple[str, torch.dtype] | None:
-    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (device, torch.get_autocast_dtype(device)) if on else None
 
 
 @dataclass(eq=False)

@@ -55,7 +55,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _finding(record: Record, model: ModelFact, drifting: list[tuple[str, list[BufferFact]]]) -> Finding:
     names = [name for name, _ in drifting]
-    furthest = max((b for _, own in drifting for b in own if b.most is not None), key=lambda b: b.most or 0)
+    furthest = max((b for _, own in drifting for b in own if b.most), key=lambda b: b.most or 0, default=None)
+    by = f"; {record.spelled(model, furthest.name)} by up to {furthest.most:.3g}" if furthest else ""
     moved = sum(len(own) for _, own in drifting)
     return Finding(
         rule=ID,
@@ -67,8 +68,7 @@ def _finding(record: Record, model: ModelFact, drifting: list[tuple[str, list[Bu
         modules=tuple(record.spelled(model, name) for name in names),
         evidence=(
             f"{count(moved, 'buffer')} of {count(len(names), 'frozen norm')} changed over "
-            f"{count(record.num_steps, 'optimizer step')}; {record.spelled(model, furthest.name)} by up to "
-            f"{furthest.most or 0:.3g}",
+            f"{count(record.num_steps, 'optimizer step')}{by}",
         ),
         fix=set_eval(model, names, model.place),
         fine=FINE,

@@ -119,6 +119,12 @@ class ModelFact:
     def kind(self) -> str:
         return type(self.module).__name__
 
+    @property
+    def replaced(self) -> set[int]:
+        """Ids of the parameters under whose name the module has another by now."""
+        own = dict(self.module.named_parameters(remove_duplicate=False))
+        return {n for n, fact in self.parameters.items() if own.get(fact.name, fact.parameter) is not fact.parameter}
+
 
 @dataclass(eq=False)
 class OptimizerFact:

@@ -15,9 +15,13 @@ FINE = "the last momentum is meant to run out after the freezing."
 
 
 def find(record: Record, steps: Steps) -> Iterator[Finding]:
-    """Parameters without ``requires_grad`` whose values changed within an optimizer's own step."""
+    """Parameters without ``requires_grad``, but with it before, whose values changed within an optimizer's own step.
+
+    What never required it is moved on purpose: its ``.grad`` was written by hand (evolution strategies).
+    """
     for model in record.models:
-        moves = [move for move in record.frozen_moves if move.parameter in model.parameters]
+        frozen = {number for number, fact in model.parameters.items() if fact.was_trainable or fact.reached}
+        moves = [move for move in record.frozen_moves if move.parameter in frozen]
         if moves:
             facts = [fact for n, fact in model.parameters.items() if any(move.parameter == n for move in moves)]
             yield _finding(record, model, facts, moves)

@@ -30,7 +30,8 @@ from frostline.kernels import kernels_active
 from frostline.probing.page_faults import page_faults
 from frostline.running.values import digests
 from frostline.watching.moves import Moves
-from frostline.watching.places import around, called, caller, holding
+from frostline.watching.naming import WRAPPERS, Names, around, holding, shown
+from frostline.watching.places import caller
 from frostline.watching.ranks import Ranks, is_world
 from frostline.watching.record import (
     BufferFact,
@@ -52,9 +53,6 @@ INSPECTED = 2
 _MOST_INSPECTED = 16
 _MOST_PASSES = 8  # recorded within one step
 _MOST_MODELS = 8
-
-
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 
 
 class _Local(threading.local):
@@ -85,6 +83,7 @@ class Observer:
         self._backward = 0
         self._inspected = 0
         self._passes_in_step = 0
+        self._names = Names()
         self._by_module: dict[int, ModelFact] = {}
         self._by_parameter: dict[int, ParameterFact] = {}
         self._tape = Tape(self._by_parameter)
@@ -185,6 +184,7 @@ class Observer:
             model.calls += 1
             if model.place is None and module.training:
                 model.place = caller(own=True)
+                self._names.look()
             self._module_called(module, args)
 
     def _module_called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -264,7 +264,9 @@ class Observer:
         top = _unwrapped(around(module))
         if any(torch.nn.parameter.is_lazy(p) for p in top.parameters()):
             return None
-        model = _facts_of(top, called(top))
+        model = _facts_of(top, shown(top))
+        model.names = self._names.of(top)
+        self._names.look()
         if model.compiled or compiled:
             model.compiled = True
             what = model.variable or model.kind
@@ -298,7 +300,8 @@ class Observer:
         fact = self._by_optimizer.get(id(optimizer))
         if fact is None:
             number = len(self.record.optimizers)
-            fact = OptimizerFact(number, optimizer, caller() if made else None)
+            fact = OptimizerFact(number, optimizer, caller() if made else None, self._names.of(optimizer))
+            self._safely(self._names.look)
             self.record.optimizers.append(fact)
             self._by_optimizer[id(optimizer)] = fact
             if self.record.num_steps:
@@ -316,8 +319,8 @@ class Observer:
         fact = self._optimizer(optimizer)
         self._look_at_flags()
         if self._inspects:
-            fact.variable = fact.variable or called(optimizer)
             fact.step_place = fact.step_place or caller(own=True)
+            self._names.look()
         if self.values is not None and self._inspects:
             self.values.before_step()
         self._moves.before(fact, self._by_parameter, inspect=self._inspects)
@@ -519,6 +522,7 @@ class Observer:
         if self._here:
             exchanged = frozenset(map(id, parameters))
             self.record.wraps[id(wrapper.module)] = WrapFact(caller(), exchanged)
+            self._safely(self._names.look)
         return original(wrapper, parameters, *args, **kwargs)
 
     def _group_ends(self, original: Any, group: Any = None) -> Any:
@@ -556,7 +560,7 @@ def _replaced(owner: Any, name: str, wrapper: Callable[..., Any], *, static: boo
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module inside what compiles it, or spreads it over devices."""
-    name = _WRAPPERS.get(type(module).__name__)
+    name = WRAPPERS.get(type(module).__name__)
     inner = None if name is None else getattr(module, name, None)
     return _unwrapped(inner) if isinstance(inner, nn.Module) else module
 

@@ -50,6 +50,11 @@ class ParameterFact:
     def moved(self) -> bool:
         return self.first != self.last
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether it got a gradient that neither an optimizer nor code by hand made use of."""
+        return self.got_gradient and self.was_trainable and not self.owners and not self.moved
+
 
 @dataclass(eq=False)
 class BufferFact:
@@ -100,7 +105,8 @@ class ModelFact:
     """A model: a module that was called by itself, or the largest that holds it and has a name in the code.
 
     Attributes:
-        variable: what the code calls it; '' if nothing names it.
+        variable: what the code calls it, in one word; '' if nothing names it.
+        names: what it is called in each scope of the code that was seen to name it.
         calls: how often it, or a part of it, was called.
         place: where the code called it in train mode first.
         compiled: it goes through ``torch.compile``, so that its inside was not seen.
@@ -114,6 +120,7 @@ class ModelFact:
     calls: int = 0
     place: Place | None = None
     compiled: bool = False
+    names: dict[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -128,12 +135,12 @@ class ModelFact:
 
 @dataclass(eq=False)
 class OptimizerFact:
-    """An optimizer: where it was made, where it steps, what it holds, how often it stepped."""
+    """An optimizer: where it was made, where it steps, what it is called, what it holds, how often it stepped."""
 
     number: int
     optimizer: Any
     place: Place | None
-    variable: str = ""
+    names: dict[str, str] = field(default_factory=dict)
     step_place: Place | None = None
     steps: int = 0
 

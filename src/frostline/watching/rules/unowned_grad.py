@@ -25,20 +25,15 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
     The gradient must have come from a backward that an optimizer's parameters were reached by too.
     """
     holders = record.owned
-    replaced = {number for _, _, new in stale(record) for number in new}
+    replaced = {number for each in stale(record) for number in each.new}
     for model in record.models:
-        unused = {number: fact for number, fact in model.parameters.items() if is_unused(fact)}
+        unused = {number: fact for number, fact in model.parameters.items() if fact.is_unused}
         unused = {number: fact for number, fact in unused.items() if number not in replaced}
         passes = [each for each in record.passes if each.accumulates and each.reached & unused.keys()]
         numbers = {n for each in passes for number in each.reached for n in holders.get(number, ())}
         optimizers = [each for each in record.stepped if each.number in numbers]
         if optimizers:
             yield _finding(record, steps, model, list(unused.values()), optimizers)
-
-
-def is_unused(fact: ParameterFact) -> bool:
-    """Whether it got a gradient that neither an optimizer nor code by hand made use of."""
-    return fact.got_gradient and fact.was_trainable and not fact.owners and not fact.moved
 
 
 def _finding(

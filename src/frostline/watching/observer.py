@@ -82,6 +82,8 @@ class Observer:
         self._open = False
         self._backward = 0
         self._inspected = 0
+        self._until = INSPECTED  # so many steps, of all optimizers, are inspected
+        self._trainable: frozenset[int] | None = None  # at the last step
         self._passes_in_step = 0
         self._names = Names()
         self._by_module: dict[int, ModelFact] = {}
@@ -89,6 +91,7 @@ class Observer:
         self._tape = Tape(self._by_parameter)
         self._tape_thread = 0
         self._by_optimizer: dict[int, OptimizerFact] = {}
+        self._strangers: set[int] = set()  # parameters that optimizers hold and that were looked for in the models
         self._fresh: set[int] = set()  # optimizers made after others had stepped: they are to be inspected too
         self._used: list[nn.Module] = []  # models called since the last pass
         self._moves = Moves(record)
@@ -145,7 +148,9 @@ class Observer:
             return False
         total = self.record.num_steps
         return (
-            total < INSPECTED or bool(self._fresh) or any(0 < each.steps < INSPECTED for each in self.record.optimizers)
+            total < self._until
+            or bool(self._fresh)
+            or any(0 < each.steps < INSPECTED for each in self.record.optimizers)
         )
 
     @property
@@ -288,6 +293,21 @@ class Observer:
         _look(model, "first")
         return model
 
+    def _refresh(self) -> None:
+        """Take in what the models have by now: modules and parameters may have been replaced, or be new."""
+        for model in self.record.models:
+            now = _facts_of(model.module, model.variable)
+            if now.parameters.keys() == model.parameters.keys() and now.modules.keys() == model.modules.keys():
+                continue
+            for number in model.parameters.keys() - now.parameters.keys():
+                self._by_parameter.pop(number, None)
+            for number in model.modules.keys() - now.modules.keys():
+                self._by_module.pop(number, None)
+            _keep(model, now)
+            self._by_parameter.update(model.parameters)
+            self._by_module.update(dict.fromkeys(model.modules, model))
+            _look(model, "first")
+
     # -- optimizers ----------------------------------------------------------------------------------------------------
 
     def _optimizer_made(self, original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -302,6 +322,7 @@ class Observer:
             number = len(self.record.optimizers)
             fact = OptimizerFact(number, optimizer, caller() if made else None, self._names.of(optimizer))
             self._safely(self._names.look)
+            self._safely(self._refresh)
             self.record.optimizers.append(fact)
             self._by_optimizer[id(optimizer)] = fact
             if self.record.num_steps:
@@ -317,6 +338,7 @@ class Observer:
         if self._inspects:
             self._ranks.look()
         fact = self._optimizer(optimizer)
+        self._meet(fact)
         self._look_at_flags()
         if self._inspects:
             fact.step_place = fact.step_place or caller(own=True)
@@ -325,7 +347,18 @@ class Observer:
             self.values.before_step()
         self._moves.before(fact, self._by_parameter, inspect=self._inspects)
 
+    def _meet(self, fact: OptimizerFact) -> None:
+        """Take in parameters that an optimizer was given since it was made, and that are new in their models."""
+        new = {id(each) for each in fact.parameters()} - self._by_parameter.keys() - self._strangers
+        if new:
+            self._refresh()
+            self._strangers |= new
+
     def _look_at_flags(self) -> None:
+        trainable = frozenset(number for number, fact in self._by_parameter.items() if fact.parameter.requires_grad)
+        if self._trainable not in (None, trainable):  # (this step's backward is over)
+            self._until = self.record.num_steps + 1 + INSPECTED
+        self._trainable = trainable
         for fact in self._by_parameter.values():
             parameter = fact.parameter
             if parameter.requires_grad:
@@ -408,6 +441,7 @@ class Observer:
             found = {number: each for number, each in found.items() if number in wanted}
         reached = frozenset(found.keys() & self._by_parameter.keys())
         self._reached(reached, accumulates)
+        held = frozenset(found.keys() & self.record.owned.keys())  # (an image that is optimized is in no model)
         given = self._tape.given()
         forced = tuple(
             tuple(each.shape)
@@ -417,7 +451,7 @@ class Observer:
         replay, why = self._replay(roots, gradients)
         self._passes_in_step += 1
         steps = self.record.num_steps
-        fact = PassFact(steps, caller(), accumulates, reached, replay, why, forced, kernels_active())
+        fact = PassFact(steps, caller(), accumulates, reached | held, replay, why, forced, kernels_active())
         if replay is not None:
             self._let_go_of_those_like(fact)
         self.record.passes.append(fact)
@@ -429,7 +463,11 @@ class Observer:
                 each.replay, each.unrecorded = None, "a later pass stands for it"
 
     def _find_models(self, reached: dict[int, Tensor]) -> None:
-        """Take in the models of parameters that were reached without a call of a module (compiled ones, say)."""
+        """Take in parameters that are new in their models, and the models of those that were reached without a call of
+        a module (compiled ones, say).
+        """
+        if any(n not in self._by_parameter and isinstance(each, nn.Parameter) for n, each in reached.items()):
+            self._refresh()
         for number, variable in reached.items():
             if number not in self._by_parameter and isinstance(variable, nn.Parameter):
                 module = holding(variable)
@@ -591,15 +629,31 @@ def _facts_of(module: nn.Module, variable: str) -> ModelFact:
     return ModelFact(module, variable, parameters, buffers, modules, compiled=compiled)
 
 
+def _keep(model: ModelFact, now: ModelFact) -> None:
+    """Make a model's facts be about what is in it ``now``, and keep those of what was there before."""
+    for number, fact in model.parameters.items():
+        if number in now.parameters:
+            fact.name, fact.aliases = now.parameters[number].name, now.parameters[number].aliases
+            now.parameters[number] = fact
+    for number, module in model.modules.items():
+        if number in now.modules:
+            module.name = now.modules[number].name
+            now.modules[number] = module
+    stayed = {fact.name for number, fact in now.modules.items() if number in model.modules}
+    buffers = {buffer.name: buffer for buffer in model.buffers if buffer.name.rpartition(".")[0] in stayed}
+    model.buffers = [buffers.get(each.name, each) for each in now.buffers]
+    model.parameters, model.modules = now.parameters, now.modules
+
+
 def _look(model: ModelFact, when: str) -> None:
     """Take checksums of a model's parameters and buffers."""
-    found = digests((str(number), fact.parameter) for number, fact in model.parameters.items())
-    for number, fact in model.parameters.items():
-        if when == "last" or fact.first is None:
-            setattr(fact, when, found[str(number)])
+    facts = {str(n): fact for n, fact in model.parameters.items() if when == "last" or fact.first is None}
+    for number, digest in digests((number, fact.parameter) for number, fact in facts.items()).items():
+        setattr(facts[number], when, digest)
     buffers = dict(model.module.named_buffers())
-    values = digests((fact.name, buffers[fact.name]) for fact in model.buffers if fact.name in buffers)
-    for each in model.buffers:
+    looked = [fact for fact in model.buffers if when == "last" or fact.first is None]
+    values = digests((fact.name, buffers[fact.name]) for fact in looked if fact.name in buffers)
+    for each in looked:
         setattr(each, when, values.get(each.name))
         buffer = buffers.get(each.name)
         if buffer is not None and each.is_kept:

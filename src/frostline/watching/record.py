@@ -159,7 +159,7 @@ class PassFact:
 
     Attributes:
         step: the optimizer steps that were made before it.
-        reached: ids of the parameters that its graph leads to.
+        reached: ids of the models' parameters that its graph leads to, and of what else optimizers hold.
         replay: how to run it again; None where that could not be recorded, ``unrecorded`` says why.
         forced: shapes of the other leaves that it leads to and that were made inside a model's call: something there
             asked for a gradient of what nothing before it trains.

@@ -66,6 +66,29 @@ def thaw(step):
     assert [fact.name for _, fact in seen.record.facts()][-2:] == ["3.weight", "3.bias"]
 
 
+def test_a_gradient_that_takes_no_flops_has_no_share_of_the_backward(tmp_path: Path) -> None:
+    source = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shift, self.other = nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(10))
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x):
+        return self.head(x + self.shift + self.other)
+
+model = Net()
+optimizer = torch.optim.Adam([model.other, *model.head.parameters()])
+for _ in range(2):
+    optimizer.zero_grad()
+    F.cross_entropy(model(torch.randn(4, 10)), torch.randint(5, (4,))).backward()
+    optimizer.step()
+"""
+    seen, _ = watched(write(tmp_path, HEAD + source))
+    text = only(seen, "unowned-grad").text
+    assert text == "the backward computes gradients for shift, and no optimizer uses them."
+
+
 def test_gradients_of_a_network_while_an_image_is_trained_are_found(tmp_path: Path) -> None:
     source = """
 net = nn.Conv2d(3, 4, 3).eval()

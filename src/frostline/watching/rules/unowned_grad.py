@@ -46,8 +46,8 @@ def _finding(
     parts = parts_of(model, unused)
     what = named(record, model, parts)
     text = f"the backward computes gradients for {what}, and no optimizer uses them."
-    if now is not None and fixed is not None and now.backward_flops:
-        wasted = now.backward_flops - fixed.backward_flops
+    wasted = 0 if now is None or fixed is None else now.backward_flops - fixed.backward_flops
+    if now is not None and wasted:
         text = (
             f"{share(wasted, now.backward_flops)} of the backward ({flops_text(wasted)} of "
             f"{flops_text(now.backward_flops)}) is thrown away: it computes gradients for {what}, and no optimizer "

@@ -44,6 +44,17 @@ def test_a_body_that_no_optimizer_holds_is_found(source: str, tmp_path: Path) ->
     assert only(seen, "unowned-grad").parameters == ("0.weight", "0.bias")
 
 
+def test_what_is_thawed_is_to_be_given_to_the_optimizer(tmp_path: Path) -> None:
+    path = write(tmp_path, HEAD + THAWED + STEPS)
+    fix = only(watched(path)[0], "unowned-grad").fix
+    assert fix.where == "once, where they are unfrozen"
+    step = "thaw(step)\n    optimizer"
+    assert step in path.read_text()
+    thawed = path.read_text().replace(step, f"thaw(step)\n    if step == 4:\n        {fix.code}\n    optimizer")
+    again, ended = watched(write(tmp_path, thawed))
+    assert (ended.code, found(again)) == (0, [])
+
+
 def test_a_new_head_is_one_of_the_models_parameters_and_the_old_one_is_not(tmp_path: Path) -> None:
     seen, _ = watched(write(tmp_path, HEAD + NEW_HEAD + "optimizer = torch.optim.Adam(model.parameters())" + STEPS))
     assert found(seen) == []

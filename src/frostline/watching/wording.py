@@ -76,6 +76,15 @@ def freeze(model: ModelFact, parts: Sequence[str], place: Place | None, remark: 
     return _each(model, parts, "requires_grad_(False)", place, "before the optimizer is made", remark)
 
 
+def take_in(model: ModelFact, parts: Sequence[str], optimizer: OptimizerFact) -> Fix:
+    """A line that gives these modules and parameters, which were frozen at first, to an optimizer."""
+    modules = {fact.name for fact in model.modules.values()}
+    written = [(part in modules, expression(model.module, called(model, None), part)) for part in parts]
+    held = ", ".join(f"*{text}.parameters()" if whole else text for whole, text in written)
+    code = f'{called(optimizer, None)}.add_param_group({{"params": [{held}]}})  # or leave them frozen'
+    return before(None, code, "once, where they are unfrozen", model, optimizer)
+
+
 def set_eval(model: ModelFact, modules: Sequence[str], place: Place | None) -> Fix:
     """Lines that put modules into eval mode, to stand where train mode was set last."""
     return _each(model, modules, "eval()", place, "after every call of train()")

@@ -10,7 +10,7 @@ from frostline.watching.record import ModelFact, OptimizerFact, ParameterFact, R
 from frostline.watching.rules import Rule
 from frostline.watching.rules.stale_optimizer import stale
 from frostline.watching.steps import Steps
-from frostline.watching.wording import count, freeze, made, modules_of, named, names_of, parts_of
+from frostline.watching.wording import count, freeze, made, modules_of, named, names_of, parts_of, take_in
 
 ID = "unowned-grad"
 FINE = (
@@ -75,7 +75,9 @@ def _finding(
         now=None if now is None else Figures.of(now),
         fixed=None if fixed is None else Figures.of(fixed),
         basis="" if traced is None else traced.basis,
-        fix=freeze(model, parts, place),
+        fix=take_in(model, parts, optimizers[0])
+        if all(fact.was_frozen for fact in unused)
+        else freeze(model, parts, place),
         fine=FINE,
         effect=Effect(freezes=frozenset(numbers)),
     )

@@ -133,6 +133,22 @@ def test_what_is_no_training_script_is_said(tmp_path: Path) -> None:
         load(str(SCRIPTS / "everything.py"), inputs=["8x128"])
 
 
+def test_why_a_step_cannot_be_recorded_is_said(tmp_path: Path) -> None:
+    step = """
+import torch
+weight = torch.randn(4, 1, requires_grad=True)
+optimizer = torch.optim.SGD([weight], lr=0.1)
+for _ in range(2):
+    loss = (torch.randn(8, 4) @ weight).square().sum()
+    {gradient}
+    optimizer.step()
+"""
+    with pytest.raises(TargetError, match=r"it called no torch\.nn\.Module with parameters"):
+        load(write(tmp_path, step.format(gradient="loss.backward()")))
+    with pytest.raises(TargetError, match=r"it takes its gradients by torch\.autograd\.grad"):
+        load(write(tmp_path, step.format(gradient="weight.grad, = torch.autograd.grad(loss, weight)")))
+
+
 def test_flags_random_numbers_and_paths_are_put_back() -> None:
     before = sys.argv, list(sys.path), sys.modules["__main__"]
     load(str(SCRIPTS / "everything.py"))

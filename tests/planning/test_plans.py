@@ -116,6 +116,18 @@ def test_an_always_that_breaks_the_budget_by_itself() -> None:
         fl.plan(trace, {"step_flops": "60%"}, worth(trace), always="0")
 
 
+def test_a_share_of_nothing_is_refused_as_that() -> None:
+    trace = traced()
+    with pytest.raises(fl.FrostlineError, match=r"'50%', of what training everything takes, which is 0: leave it out"):
+        fl.plan(trace, {"optimizer_bytes": "50%"}, worth(trace), optimizer="sgd")
+
+
+def test_a_budget_below_one_is_told_as_it_was_given() -> None:
+    trace = traced()
+    with pytest.raises(fl.FrostlineError, match=r"trainable_parameters 0\.5 is below the least possible, 2"):
+        fl.plan(trace, {"trainable_parameters": 0.5}, worth(trace))
+
+
 # -- importance -------------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +145,15 @@ def test_importance_that_is_wrong_is_named(change: dict[str, Any], message: str)
     trace = traced()
     with pytest.raises(fl.FrostlineError, match=message):
         fl.plan(trace, {"step_flops": "50%"}, {**worth(trace), **change})
+
+
+def test_two_numbers_for_one_tied_parameter_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    trace = traced(model)
+    assert fl.plan(trace, {"step_flops": "100%"}, {**worth(trace), "1.weight": 1.0}).objective == 3
+    with pytest.raises(fl.FrostlineError, match=r"'0.weight' and '1.weight' different numbers, 1.0 and 2.0"):
+        fl.plan(trace, {"step_flops": "50%"}, {**worth(trace), "1.weight": 2.0})
 
 
 def test_importance_that_is_missing_is_named_unless_it_never_trains() -> None:

@@ -79,6 +79,83 @@ for _ in range(4):
         for a, b in zip(ema.parameters(), model.parameters()):
             a.lerp_(b, 0.1)
 """,
+    "evolution strategies": """
+model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).requires_grad_(False)
+optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+x = torch.randn(64, 4)
+def fitness(sign):
+    for p, n in zip(model.parameters(), noise):
+        p.add_(sign * n)
+    return float(F.mse_loss(model(x), x.sum(1, keepdim=True)))
+for _ in range(5):
+    noise = [0.01 * torch.randn_like(p) for p in model.parameters()]
+    slope = fitness(1) - fitness(-2)
+    fitness(1)
+    for p, n in zip(model.parameters(), noise):
+        p.grad = slope * n
+    optimizer.step()
+""",
+    "a mean teacher inside the model": """
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.online = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.target = copy.deepcopy(self.online)
+
+    def forward(self, a, b):
+        with torch.no_grad():
+            wanted = self.target(b)
+        return F.mse_loss(self.online(a), wanted)
+
+model = Pair()
+optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+for _ in range(4):
+    optimizer.zero_grad()
+    model(torch.randn(16, 8), torch.randn(16, 8)).backward()
+    optimizer.step()
+    with torch.no_grad():
+        for o, t in zip(model.online.parameters(), model.target.parameters()):
+            t.lerp_(o, 0.05)
+""",
+    "a quantizer whose forward replaces its codes": """
+class Quantizer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, x):
+        chosen = F.one_hot(torch.cdist(x, self.codes).argmin(1), 16).float()
+        nearest = chosen @ self.codes
+        self.codes = nn.Parameter(0.9 * self.codes + 0.1 * chosen.T @ x)
+        return x + (nearest - x).detach(), F.mse_loss(x, nearest.detach())
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode, self.quantize, self.decode = nn.Linear(8, 4), Quantizer(), nn.Linear(4, 8)
+
+    def forward(self, x):
+        codes, loss = self.quantize(self.encode(x))
+        return self.decode(codes), loss
+
+model = Net()
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+for _ in range(5):
+    x = torch.randn(32, 8)
+    optimizer.zero_grad()
+    again, loss = model(x)
+    (F.mse_loss(again, x) + loss).backward()
+    optimizer.step()
+""",
+    "gradients made sparse by a threshold": """
+embed, head = nn.Embedding(20, 4), nn.Linear(4, 3)
+embed.weight.register_hook(lambda g: torch.where(g.abs() > 0.01, g, 0.0))
+optimizer = torch.optim.SGD([*embed.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
+for _ in range(6):
+    optimizer.zero_grad()
+    F.cross_entropy(head(embed(torch.randint(20, (64,)))), torch.randint(3, (64,))).backward()
+    optimizer.step()
+""",
     "evaluation in mid-epoch": """
 model = nn.Sequential(nn.Linear(10, 20), nn.BatchNorm1d(20), nn.Dropout(0.5), nn.Linear(20, 5))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

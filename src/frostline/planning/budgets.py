@@ -91,6 +91,8 @@ def _limit(figure: str, asked: Any, full: Cost) -> float:
     if isinstance(asked, bool) or not isinstance(asked, (str, int, float)):
         raise PlanError(f"{what} must be a number or a text such as '50%', got {asked!r}")
     found = _read(figure, asked, what, full) if isinstance(asked, str) else asked
+    if isinstance(asked, str) and found == 0 == spent(full, figure):
+        raise PlanError(f"{what} is a share, {asked!r}, of what training everything takes, which is 0: leave it out")
     if not math.isfinite(found) or found <= 0:
         raise PlanError(f"{what} must be a number above 0, got {asked!r}")
     return found if figure == "step_seconds" else math.floor(found)

@@ -95,7 +95,15 @@ def _scores(importance: Any, open_: Sequence[str], model: Names) -> dict[str, fl
             f"importance names {listed(unknown, 3)}, which is no parameter of this {type(model.model).__name__}: "
             "give it by the names of model.named_parameters()"
         )
-    scores = {model.aliases[name]: value for name, value in given.items()}
+    scores: dict[str, Any] = {}
+    for name, value in given.items():
+        first = model.aliases[name]
+        if first in scores and scores[first] != value:
+            raise PlanError(
+                f"importance gives {first!r} and {name!r} different numbers, {scores[first]} and {value}, but they are "
+                "one tied parameter: give one of them"
+            )
+        scores[first] = value
     missing = [name for name in open_ if name not in scores]
     if missing:
         raise PlanError(

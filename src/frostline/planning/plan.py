@@ -300,7 +300,9 @@ class Planner:
         from frostline.reports.units import amount_text
 
         text = amount_text(budget.figure, budget.limit)
-        return f"{budget.asked} ({text})" if budget.asked.endswith("%") else text
+        if budget.asked.endswith("%"):
+            return f"{budget.asked} ({text})"
+        return text if budget.limit else budget.asked  # (a part of one, rounded down)
 
     # -- a step that cannot be taken apart -----------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ class Moves:
         self._looks: dict[int, int] = {}
         self._frozen: list[tuple[int, Tensor, Tensor, float, bool]] = []
         self._rows: list[tuple[int, Tensor, Tensor, float]] = []
+        self._open: dict[int, Tensor] = {}  # per masked parameter: the rows that any step had a gradient for
+        self._leaks: list[tuple[int, int, Tensor, Tensor, float]] = []  # masked rows, and how far each moved
         self._raw: dict[int, Tensor] = {}  # per masked parameter: the rows whose gradient was not zero before its hooks
         self._watched: dict[int, Any] = {}
 
@@ -33,7 +35,7 @@ class Moves:
         self._frozen.clear()
         self._rows.clear()
         looks = self._looks.get(fact.number, 0)
-        for group in fact.optimizer.param_groups:
+        for group in fact.param_groups:
             for parameter in group["params"]:
                 if id(parameter) not in known:
                     if parameter.grad is not None:
@@ -43,18 +45,20 @@ class Moves:
                     if looks < _MOST_LOOKS and has:
                         momentum = float(group.get("momentum", 0.0) or 0.0)
                         self._frozen.append((id(parameter), parameter, parameter.detach().clone(), momentum, has))
-                elif inspect and id(parameter) in self._watched:
-                    self._look_at_rows(parameter, group)
+                elif id(parameter) in self._watched:
+                    self._look_at_rows(parameter, group, inspect=inspect)
         if self._frozen:
             self._looks[fact.number] = looks + 1
 
-    def _look_at_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _look_at_rows(self, parameter: Tensor, group: dict[str, Any], *, inspect: bool) -> None:
         if parameter.grad is None or parameter.grad.is_sparse:
             return
+        has = (parameter.grad.detach().flatten(1) != 0).any(1)
+        self._open[id(parameter)] = has | self._open.get(id(parameter), has)
         raw = self._raw.pop(id(parameter), None)
-        if raw is None:
+        if raw is None or not inspect:
             return
-        masked = raw & (parameter.grad.detach().flatten(1) == 0).all(1)
+        masked = raw & ~has
         if masked.any():
             decay = float(group.get("weight_decay", 0.0) or 0.0)
             self._rows.append((id(parameter), parameter, parameter.detach().clone(), decay))
@@ -91,11 +95,8 @@ class Moves:
                 )
         for number, parameter, before, decay in self._rows:
             masked = self._raw.pop(number)
-            changed = (parameter.detach() != before).flatten(1).any(1) & masked
-            if changed.any():
-                most = _most(parameter[changed], before[changed])
-                rows = (int(masked.sum()), int(changed.sum()), parameter.shape[0])
-                self.record.leaks.append(LeakFact(number, fact.number, *rows, most, decay))
+            moved = (parameter.detach() - before).flatten(1).abs().amax(1)
+            self._leaks.append((number, fact.number, masked, moved, decay))
         self._frozen.clear()
         self._rows.clear()
 
@@ -103,6 +104,13 @@ class Moves:
         for handle in self._watched.values():
             handle.remove()
         self._watched.clear()
+        for number, optimizer, rows, moved, decay in self._leaks:
+            masked = rows & ~self._open[number]  # other rows each step: a gradient made sparse, no mask
+            changed = masked & (moved != 0)
+            if changed.any():
+                counts = (int(masked.sum()), int(changed.sum()), len(rows))
+                self.record.leaks.append(LeakFact(number, optimizer, *counts, float(moved[changed].max()), decay))
+        self._leaks.clear()
 
 
 def _most(after: Tensor, before: Tensor) -> float:

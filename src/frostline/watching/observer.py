@@ -32,7 +32,8 @@ from frostline.kernels.unseen import unseen
 from frostline.probing.page_faults import page_faults
 from frostline.running.values import digests, is_plain
 from frostline.watching.moves import Moves
-from frostline.watching.places import around, called, caller, holding
+from frostline.watching.naming import WRAPPERS, Names, around, holding, shown
+from frostline.watching.places import caller
 from frostline.watching.ranks import Ranks, is_world
 from frostline.watching.record import (
     BufferFact,
@@ -54,9 +55,6 @@ INSPECTED = 2
 _MOST_INSPECTED = 16
 _MOST_PASSES = 8  # recorded within one step
 _MOST_MODELS = 8
-
-
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 
 
 class _Local(threading.local):
@@ -86,12 +84,16 @@ class Observer:
         self._open = False
         self._backward = 0
         self._inspected = 0
+        self._until = INSPECTED  # so many steps, of all optimizers, are inspected
+        self._trainable: frozenset[int] | None = None  # at the last step
         self._passes_in_step = 0
+        self._names = Names()
         self._by_module: dict[int, ModelFact] = {}
         self._by_parameter: dict[int, ParameterFact] = {}
         self._tape = Tape(self._by_parameter)
         self._tape_thread = 0
         self._by_optimizer: WeakKeyDictionary[Any, OptimizerFact] = WeakKeyDictionary()
+        self._strangers: set[int] = set()  # parameters that optimizers hold and that were looked for in the models
         self._fresh: set[int] = set()  # optimizers made after others had stepped: they are to be inspected too
         self._used: list[nn.Module] = []  # models called since the last pass
         self._moves = Moves(record, self._safely)
@@ -148,7 +150,9 @@ class Observer:
             return False
         total = self.record.num_steps
         return (
-            total < INSPECTED or bool(self._fresh) or any(0 < each.steps < INSPECTED for each in self.record.optimizers)
+            total < self._until
+            or bool(self._fresh)
+            or any(0 < each.steps < INSPECTED for each in self.record.optimizers)
         )
 
     @property
@@ -187,6 +191,7 @@ class Observer:
             model.calls += 1
             if model.place is None and module.training:
                 model.place = caller(own=True)
+                self._names.look()
             self._module_called(module, args)
 
     def _module_called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -266,7 +271,9 @@ class Observer:
         top = _unwrapped(around(module))
         if any(torch.nn.parameter.is_lazy(p) or p.is_meta for p in top.parameters()):  # (others will take their place)
             return None
-        model = _facts_of(top, called(top))
+        model = _facts_of(top, shown(top))
+        model.names = self._names.of(top)
+        self._names.look()
         if model.compiled or compiled:
             model.compiled = True
             what = model.variable or model.kind
@@ -288,6 +295,21 @@ class Observer:
         _look(model, "first")
         return model
 
+    def _refresh(self) -> None:
+        """Take in what the models have by now: modules and parameters may have been replaced, or be new."""
+        for model in self.record.models:
+            now = _facts_of(model.module, model.variable)
+            if now.parameters.keys() == model.parameters.keys() and now.modules.keys() == model.modules.keys():
+                continue
+            for number in model.parameters.keys() - now.parameters.keys():
+                self._by_parameter.pop(number, None)
+            for number in model.modules.keys() - now.modules.keys():
+                self._by_module.pop(number, None)
+            _keep(model, now)
+            self._by_parameter.update(model.parameters)
+            self._by_module.update(dict.fromkeys(model.modules, model))
+            _look(model, "first")
+
     # -- optimizers ----------------------------------------------------------------------------------------------------
 
     def _optimizer_made(self, original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -300,7 +322,9 @@ class Observer:
         fact = self._by_optimizer.get(optimizer)
         if fact is None:
             number = len(self.record.optimizers)
-            fact = OptimizerFact(number, optimizer, caller() if made else None)
+            fact = OptimizerFact(number, optimizer, caller() if made else None, self._names.of(optimizer))
+            self._safely(self._names.look)
+            self._safely(self._refresh)
             self.record.optimizers.append(fact)
             self._by_optimizer[optimizer] = fact
             if self.record.num_steps:
@@ -317,15 +341,27 @@ class Observer:
             self._ranks.look()
         fact = self._optimizer(optimizer)
         fact.optimizer = optimizer
+        self._meet(fact)
         self._look_at_flags()
         if self._inspects:
-            fact.variable = fact.variable or called(optimizer)
             fact.step_place = fact.step_place or caller(own=True)
+            self._names.look()
         if self.values is not None and self._inspects:
             self.values.before_step()
         self._moves.before(fact, self._by_parameter, inspect=self._inspects)
 
+    def _meet(self, fact: OptimizerFact) -> None:
+        """Take in parameters that an optimizer was given since it was made, and that are new in their models."""
+        new = {id(each) for each in fact.parameters()} - self._by_parameter.keys() - self._strangers
+        if new:
+            self._refresh()
+            self._strangers |= new
+
     def _look_at_flags(self) -> None:
+        trainable = frozenset(number for number, fact in self._by_parameter.items() if fact.parameter.requires_grad)
+        if self._trainable not in (None, trainable):  # (this step's backward is over)
+            self._until = self.record.num_steps + 1 + INSPECTED
+        self._trainable = trainable
         for fact in self._by_parameter.values():
             parameter = fact.parameter
             if parameter.requires_grad:
@@ -416,6 +452,7 @@ class Observer:
             found = {number: each for number, each in found.items() if number in wanted}
         reached = frozenset(found.keys() & self._by_parameter.keys())
         self._reached(reached, accumulates)
+        held = frozenset(found.keys() & self.record.owned.keys())  # (an image that is optimized is in no model)
         given = self._tape.given()
         forced = tuple(
             tuple(each.shape)
@@ -425,7 +462,7 @@ class Observer:
         replay, why = self._replay(roots, gradients)
         self._passes_in_step += 1
         steps = self.record.num_steps
-        fact = PassFact(steps, caller(), accumulates, reached, replay, why, forced, kernels_active())
+        fact = PassFact(steps, caller(), accumulates, reached | held, replay, why, forced, kernels_active())
         if replay is not None:
             self._let_go_of_those_like(fact)
         self.record.passes.append(fact)
@@ -437,7 +474,11 @@ class Observer:
                 each.replay, each.unrecorded = None, "a later pass stands for it"
 
     def _find_models(self, reached: dict[int, Tensor]) -> None:
-        """Take in the models of parameters that were reached without a call of a module (compiled ones, say)."""
+        """Take in parameters that are new in their models, and the models of those that were reached without a call of
+        a module (compiled ones, say).
+        """
+        if any(n not in self._by_parameter and isinstance(each, nn.Parameter) for n, each in reached.items()):
+            self._refresh()
         for number, variable in reached.items():
             if number not in self._by_parameter and isinstance(variable, nn.Parameter):
                 module = holding(variable)
@@ -530,6 +571,7 @@ class Observer:
         if self._here:
             exchanged = frozenset(map(id, parameters))
             self.record.wraps[id(wrapper.module)] = WrapFact(caller(), exchanged)
+            self._safely(self._names.look)
         return original(wrapper, parameters, *args, **kwargs)
 
     def _group_ends(self, original: Any, group: Any = None) -> Any:
@@ -568,7 +610,7 @@ def _replaced(owner: Any, name: str, wrapper: Callable[..., Any], *, static: boo
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module inside what compiles it, or spreads it over devices."""
-    name = _WRAPPERS.get(type(module).__name__)
+    name = WRAPPERS.get(type(module).__name__)
     inner = None if name is None else getattr(module, name, None)
     return _unwrapped(inner) if isinstance(inner, nn.Module) else module
 
@@ -599,15 +641,31 @@ def _facts_of(module: nn.Module, variable: str) -> ModelFact:
     return ModelFact(module, variable, parameters, buffers, modules, compiled=compiled)
 
 
+def _keep(model: ModelFact, now: ModelFact) -> None:
+    """Make a model's facts be about what is in it ``now``, and keep those of what was there before."""
+    for number, fact in model.parameters.items():
+        if number in now.parameters:
+            fact.name, fact.aliases = now.parameters[number].name, now.parameters[number].aliases
+            now.parameters[number] = fact
+    for number, module in model.modules.items():
+        if number in now.modules:
+            module.name = now.modules[number].name
+            now.modules[number] = module
+    stayed = {fact.name for number, fact in now.modules.items() if number in model.modules}
+    buffers = {buffer.name: buffer for buffer in model.buffers if buffer.name.rpartition(".")[0] in stayed}
+    model.buffers = [buffers.get(each.name, each) for each in now.buffers]
+    model.parameters, model.modules = now.parameters, now.modules
+
+
 def _look(model: ModelFact, when: str) -> None:
     """Take checksums of a model's parameters and buffers."""
-    found = digests((str(number), fact.parameter) for number, fact in model.parameters.items())
-    for number, fact in model.parameters.items():
-        if when == "last" or fact.first is None:
-            setattr(fact, when, found[str(number)])
+    facts = {str(n): fact for n, fact in model.parameters.items() if when == "last" or fact.first is None}
+    for number, digest in digests((number, fact.parameter) for number, fact in facts.items()).items():
+        setattr(facts[number], when, digest)
     buffers = dict(model.module.named_buffers())
-    values = digests((fact.name, buffers[fact.name]) for fact in model.buffers if fact.name in buffers)
-    for each in model.buffers:
+    looked = [fact for fact in model.buffers if when == "last" or fact.first is None]
+    values = digests((fact.name, buffers[fact.name]) for fact in looked if fact.name in buffers)
+    for each in looked:
         setattr(each, when, values.get(each.name))
         buffer = buffers.get(each.name)
         if buffer is not None and each.is_kept and is_plain(buffer):

@@ -1,14 +1,15 @@
-"""Where in the user's code something was done, and what a value is called there."""
+"""Where in the user's code something was done, and how code there would write a part of a model."""
 
 from __future__ import annotations
 
 import ast
 import dis
 import inspect
+import keyword
 import linecache
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
@@ -23,10 +24,14 @@ _TORCH = str(Path(torch.__file__).resolve().parent)
 
 @dataclass(frozen=True)
 class Place:
-    """A line of code. ``path`` is as it is shown: relative to the working directory where it lies inside."""
+    """A line of code. ``path`` is as it is shown: relative to the working directory where it lies inside.
+
+    ``scopes``: those whose variables it can name, innermost first.
+    """
 
     path: str
     line: int
+    scopes: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}"
@@ -59,7 +64,15 @@ def caller(*, own: bool = False) -> Place | None:
 def place_of(frame: FrameType) -> Place:
     """The first line of the statement that a frame is in."""
     filename = frame.f_code.co_filename
-    return Place(_shown(filename), _statements(filename).get(frame.f_lineno, frame.f_lineno))
+    return Place(_shown(filename), _statements(filename).get(frame.f_lineno, frame.f_lineno), scopes_of(frame))
+
+
+def scopes_of(frame: FrameType) -> tuple[str, str]:
+    """The function that a frame's line is in, and the globals that this sees."""
+    while frame.f_code.co_name in ("<listcomp>", "<setcomp>", "<dictcomp>") and frame.f_back is not None:
+        frame = frame.f_back  # (code before the statement is not in the comprehension)
+    code = frame.f_code
+    return f"{code.co_filename}:{code.co_firstlineno}:{code.co_name}", str(id(frame.f_globals))
 
 
 @cache
@@ -76,6 +89,11 @@ def _statements(filename: str) -> dict[int, int]:
             last = node.end_lineno if not isinstance(inner, list) else node.lineno
             found.update(dict.fromkeys(range(node.lineno, last + 1), node.lineno))
     return found
+
+
+def is_outermost(frame: FrameType) -> bool:
+    """Whether it is a module's own code, whose variables are the module's."""
+    return not frame.f_code.co_flags & inspect.CO_OPTIMIZED and frame.f_locals is frame.f_globals
 
 
 def variables_of(frame: FrameType) -> dict[str, Any]:
@@ -107,47 +125,6 @@ def _reads_its_locals(code: CodeType) -> bool:
 _READERS = ("locals", "vars", "eval", "exec")  # (`model.eval()` is no LOAD_GLOBAL)
 
 
-def called(value: Any) -> str:
-    """The variable that names a value in running code, the user's own first; '' if none does."""
-    library = ""
-    for frame in frames():
-        for name, each in variables_of(frame).items():
-            if each is value and name.isidentifier() and name != "self" and not name.startswith("__"):
-                if not is_library(frame.f_code.co_filename):
-                    return name
-                library = library or name
-    return library
-
-
-def around(module: nn.Module) -> nn.Module:
-    """The largest module that running code can name and that has ``module`` inside; itself if there is none."""
-    best, size = module, 0
-    seen: set[int] = set()
-    for frame in frames():
-        for each in variables_of(frame).values():
-            if isinstance(each, nn.Module) and each is not module and id(each) not in seen:
-                seen.add(id(each))
-                inside = [id(m) for m in each.modules()]
-                if len(inside) > size and id(module) in inside:
-                    best, size = each, len(inside)
-    return best
-
-
-def holding(parameter: nn.Parameter) -> nn.Module | None:
-    """The largest module that running code can name and that a parameter is in."""
-    best: nn.Module | None = None
-    size = 0
-    seen: set[int] = set()
-    for frame in frames():
-        for each in variables_of(frame).values():
-            if isinstance(each, nn.Module) and id(each) not in seen and not isinstance(each, torch.jit.ScriptModule):
-                seen.add(id(each))
-                inside = [id(p) for p in each.parameters()]
-                if len(inside) > size and id(parameter) in inside:
-                    best, size = each, len(inside)
-    return best
-
-
 def expression(model: nn.Module, variable: str, name: str) -> str:
     """How code would write a parameter or module: ``model[2].weight``.
 
@@ -156,12 +133,14 @@ def expression(model: nn.Module, variable: str, name: str) -> str:
     """
     text, here = variable, model
     for part in name.split(".") if name else ():
-        if part.isdigit() and isinstance(here, (nn.Sequential, nn.ModuleList)):
+        if part.isdigit() and isinstance(here, (nn.Sequential, nn.ModuleList, nn.ParameterList)):
             text += f"[{part}]"
-        elif part.isidentifier():
+        elif part.isidentifier() and not keyword.iskeyword(part):
             text += f".{part}"
+        elif isinstance(here, (nn.ModuleDict, nn.ParameterDict)):
+            text += f'["{part}"]'
         else:
-            text = f'{text}.get_submodule("{part}")'
+            text = f'getattr({text}, "{part}")'
         here = getattr(here, part)
     return text
 

@@ -50,6 +50,11 @@ class ParameterFact:
     def moved(self) -> bool:
         return self.first != self.last
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether it got a gradient that neither an optimizer nor code by hand made use of."""
+        return self.got_gradient and self.was_trainable and not self.owners and not self.moved
+
 
 @dataclass(eq=False)
 class BufferFact:
@@ -100,7 +105,8 @@ class ModelFact:
     """A model: a module that was called by itself, or the largest that holds it and has a name in the code.
 
     Attributes:
-        variable: what the code calls it; '' if nothing names it.
+        variable: what the code calls it, in one word; '' if nothing names it.
+        names: what it is called in each scope of the code that was seen to name it.
         calls: how often it, or a part of it, was called.
         place: where the code called it in train mode first.
         compiled: it goes through ``torch.compile``, so that its inside was not seen.
@@ -114,15 +120,22 @@ class ModelFact:
     calls: int = 0
     place: Place | None = None
     compiled: bool = False
+    names: dict[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
         return type(self.module).__name__
 
+    @property
+    def replaced(self) -> set[int]:
+        """Ids of the parameters under whose name the module has another by now."""
+        own = dict(self.module.named_parameters(remove_duplicate=False))
+        return {n for n, fact in self.parameters.items() if own.get(fact.name, fact.parameter) is not fact.parameter}
+
 
 @dataclass(eq=False)
 class OptimizerFact:
-    """An optimizer: where it was made, where it steps, what it holds, how often it stepped.
+    """An optimizer: where it was made, where it steps, what it is called, what it holds, how often it stepped.
 
     ``optimizer`` is None for one that steps nothing of the models that are looked at: it may be freed.
     """
@@ -130,7 +143,7 @@ class OptimizerFact:
     number: int
     optimizer: Any
     place: Place | None
-    variable: str = ""
+    names: dict[str, str] = field(default_factory=dict)
     step_place: Place | None = None
     steps: int = 0
 
@@ -142,8 +155,12 @@ class OptimizerFact:
         return self.type.__name__
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        for group in () if self.optimizer is None else self.optimizer.param_groups:
+        for group in self.param_groups:
             yield from group["params"]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [] if self.optimizer is None else self.optimizer.param_groups
 
 
 @dataclass(eq=False)
@@ -152,7 +169,7 @@ class PassFact:
 
     Attributes:
         step: the optimizer steps that were made before it.
-        reached: ids of the parameters that its graph leads to.
+        reached: ids of the models' parameters that its graph leads to, and of what else optimizers hold.
         replay: how to run it again; None where that could not be recorded, ``unrecorded`` says why.
         forced: shapes of the other leaves that it leads to and that were made inside a model's call: something there
             asked for a gradient of what nothing before it trains.

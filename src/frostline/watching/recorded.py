@@ -67,8 +67,7 @@ def recorded_step(path: str, args: list[str]) -> Recorded:
         raise TargetError(f"{path} {why}")
     passes = [each for each in record.passes if each.replay is not None and each.accumulates]
     if not passes:
-        whys = "; ".join(dict.fromkeys(each.unrecorded for each in record.passes if each.unrecorded))
-        raise TargetError(f"the step of {path} could not be recorded: {whys or 'it calls no backward'}")
+        raise TargetError(f"the step of {path} could not be recorded: {_why_not(record)}")
     chosen = next((each for each in passes if each.step == STEPS - 1), passes[-1])
     replay = chosen.replay
     assert replay is not None
@@ -85,6 +84,15 @@ def recorded_step(path: str, args: list[str]) -> Recorded:
     if len(replay.models) > 1:
         model = Together(dict(zip(called_in(record, replay.models), replay.models, strict=True)))
     return Recorded(model, None, None, lambda _: replay.run(), note)
+
+
+def _why_not(record: Record) -> str:
+    """Why no backward of a script can be run again."""
+    if not any(each.accumulates for each in record.passes):
+        return "it takes its gradients by torch.autograd.grad; only what calls backward() can be costed"
+    if not record.models and not record.notes:
+        return "it called no torch.nn.Module with parameters; only a module's step can be costed"
+    return "; ".join(dict.fromkeys(each.unrecorded for each in record.passes if each.unrecorded and each.accumulates))
 
 
 def _inputs(replay: Replay) -> Any:

@@ -37,8 +37,15 @@ def modules_of(record: Record, model: ModelFact, facts: Iterable[ParameterFact])
     return tuple(record.spelled(model, owner) for owner in owners)
 
 
-def variable(model: ModelFact) -> str:
-    return model.variable or "model"
+def called(fact: ModelFact | OptimizerFact, place: Place | None) -> str:
+    """What code at a place calls it; a word that stands for it where it has no name there."""
+    known = _known(fact, place)
+    return known or ("model" if isinstance(fact, ModelFact) else "optimizer")
+
+
+def _known(fact: ModelFact | OptimizerFact, place: Place | None) -> str:
+    scopes = fact.names if place is None else place.scopes
+    return next((fact.names[scope] for scope in scopes if scope in fact.names), "")
 
 
 def count(number: int, noun: str) -> str:
@@ -69,6 +76,15 @@ def freeze(model: ModelFact, parts: Sequence[str], place: Place | None, remark: 
     return _each(model, parts, "requires_grad_(False)", place, "before the optimizer is made", remark)
 
 
+def take_in(model: ModelFact, parts: Sequence[str], optimizer: OptimizerFact) -> Fix:
+    """A line that gives these modules and parameters, which were frozen at first, to an optimizer."""
+    modules = {fact.name for fact in model.modules.values()}
+    written = [(part in modules, expression(model.module, called(model, None), part)) for part in parts]
+    held = ", ".join(f"*{text}.parameters()" if whole else text for whole, text in written)
+    code = f'{called(optimizer, None)}.add_param_group({{"params": [{held}]}})  # or leave them frozen'
+    return before(None, code, "once, where they are unfrozen", model, optimizer)
+
+
 def set_eval(model: ModelFact, modules: Sequence[str], place: Place | None) -> Fix:
     """Lines that put modules into eval mode, to stand where train mode was set last."""
     return _each(model, modules, "eval()", place, "after every call of train()")
@@ -77,7 +93,7 @@ def set_eval(model: ModelFact, modules: Sequence[str], place: Place | None) -> F
 def _each(
     model: ModelFact, parts: Sequence[str], call: str, place: Place | None, otherwise: str, remark: str = ""
 ) -> Fix:
-    written = [expression(model.module, variable(model), part) for part in parts]
+    written = [expression(model.module, called(model, place), part) for part in parts]
     said = f"  # {remark}" if remark else ""
     if len(written) == 1:
         code = f"{written[0]}.{call}{said}"
@@ -86,11 +102,18 @@ def _each(
     else:
         lines = "".join(f"    {each},\n" for each in written)
         code = f"for part in ({said}\n{lines}):\n    part.{call}"
-    return before(place, code, otherwise)
+    return before(place, code, otherwise, model)
 
 
-def before(place: Place | None, code: str, otherwise: str) -> Fix:
-    """Code that stands before a line; where that is not known, ``otherwise`` says where."""
+def before(place: Place | None, code: str, otherwise: str, *used: ModelFact | OptimizerFact) -> Fix:
+    """Code that stands before a line; where that is not known, ``otherwise`` says where.
+
+    ``used``: what the code names by what it is `called` there.
+    """
+    nameless = [fact for fact in used if not _known(fact, place)]
+    said = "".join(
+        f"# {called(fact, place)}: the {fact.kind}, which no variable was seen to name here\n" for fact in nameless
+    )
     if place is None:
-        return Fix(code, otherwise)
-    return Fix(code, f"before {place}", place.path, place.line)
+        return Fix(said + code, otherwise)
+    return Fix(said + code, f"before {place}", place.path, place.line)

@@ -16,7 +16,7 @@ from frostline.watching.record import Record, SamplesFact
 from frostline.watching.rules import Rule
 from frostline.watching.steps import Steps, TracedPass
 from frostline.watching.tape import Entry, leaves
-from frostline.watching.wording import before, count, named, variable
+from frostline.watching.wording import before, called, count, named
 
 ID = "cacheable-prefix"
 FINE = "what would be kept does not fit, the samples are to be augmented, or the part is to be trained later."
@@ -76,6 +76,7 @@ class _Places:
         self.parts: list[str] = []
         if len(models) == 1:
             self.model = models[0]
+            self._name = called(self.model, _place(record))
             names = {number: fact.name for number, fact in self.model.modules.items()}
             self.others = [names[numbers[name]] for name in prefix.others if numbers.get(name) in names]
             self.parts = list(dict.fromkeys(self._largest(names[number]) for number in inside if number in names))
@@ -87,7 +88,7 @@ class _Places:
 
     def kept(self) -> tuple[str, str, str] | None:
         """Code for what is to be kept, as a name, an expression and what takes its place; None: it is no one module."""
-        written = [expression(self.model.module, variable(self.model), part) for part in self.parts]
+        written = [expression(self.model.module, self._name, part) for part in self.parts]
         facts = {fact.name: fact for fact in self.model.modules.values()}
         if len(self.parts) == 1 and facts[self.parts[0]].plain:
             return "kept, frozen", f"{{}}, {written[0]}.forward", f"{written[0]}.forward = cached"
@@ -103,7 +104,7 @@ class _Places:
         end = min(rest, default=len(row.module))
         if any(self._position(around, part) >= end for part in self.parts):
             return None
-        name = expression(self.model.module, variable(self.model), around)
+        name = expression(self.model.module, self._name, around)
         return (
             "kept, frozen, rest",
             f"{{}}, {name}[:{end}], {name}[{end}:]",
@@ -168,16 +169,16 @@ def _fix(record: Record, places: _Places, what: str, sample_bytes: int) -> Fix:
             "sample), and from the second epoch on train the rest of the network on that."
         )
         code = textwrap.fill(said, 88, initial_indent="# ", subsequent_indent="# ")
-    else:
-        code = CACHED.format(names=kept[0], values=kept[1], last=kept[2], size=bytes_text(sample_bytes))
-    return before(_place(record), code, "before the training begins")
+        return before(_place(record), code, "before the training begins")
+    code = CACHED.format(names=kept[0], values=kept[1], last=kept[2], size=bytes_text(sample_bytes))
+    return before(_place(record), code, "before the training begins", places.model)
 
 
 CACHED = """\
 {names} = {values}
 
 def cached(x):  # computes each sample once and keeps {size} of it
-    keys = [sample.numpy().tobytes() for sample in x.cpu()]
+    keys = [sample.reshape(-1).view(torch.uint8).numpy().tobytes() for sample in x.cpu()]
     new = [i for i, key in enumerate(keys) if key not in kept]
     if new:
         with torch.no_grad():

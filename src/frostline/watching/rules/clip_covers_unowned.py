@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from frostline.watching.finding import Finding, Level
 from frostline.watching.record import ClipFact, ModelFact, Record
 from frostline.watching.rules import Rule
-from frostline.watching.rules.unowned_grad import is_unused
 from frostline.watching.steps import Steps
 from frostline.watching.wording import freeze, modules_of, named, names_of, parts_of
 
@@ -19,7 +18,7 @@ _EPSILON = 1e-6  # torch's own
 def find(record: Record, steps: Steps) -> Iterator[Finding]:
     """Calls of ``clip_grad_norm_`` whose factor would have been another without what no optimizer holds."""
     for model in record.models:
-        unused = {number for number, fact in model.parameters.items() if is_unused(fact)}
+        unused = {number for number, fact in model.parameters.items() if fact.is_unused}
         clips = [clip for clip in record.clips if clip.foreign & unused and _applied(clip) < 0.99 * _due(clip)]
         if clips:
             yield _finding(record, model, clips)
@@ -36,7 +35,7 @@ def _due(clip: ClipFact) -> float:
 def _finding(record: Record, model: ModelFact, clips: list[ClipFact]) -> Finding:
     worst = min(clips, key=lambda clip: _applied(clip) / _due(clip))
     foreign = frozenset().union(*(clip.foreign for clip in clips))
-    facts = [fact for number, fact in model.parameters.items() if number in foreign and is_unused(fact)]
+    facts = [fact for number, fact in model.parameters.items() if number in foreign and fact.is_unused]
     parts = parts_of(model, facts)
     optimizer = next((each for each in record.stepped), None)
     due = f"{_due(worst):.3g}" if _due(worst) < 1 else "1 (no clipping was due)"

@@ -9,7 +9,6 @@ from frostline.reports.units import share
 from frostline.watching.finding import Effect, Figures, Finding, Level
 from frostline.watching.record import ModelFact, Record
 from frostline.watching.rules import Rule
-from frostline.watching.rules.unowned_grad import is_unused
 from frostline.watching.steps import Steps, TracedPass
 from frostline.watching.wording import freeze, modules_of, named, names_of, optimizers_of, parts_of
 
@@ -26,7 +25,7 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
     usual = steps.usual()
     if usual is None or usual.trace.entangled:
         return
-    unused = {number for model in record.models for number, fact in model.parameters.items() if is_unused(fact)}
+    unused = {number for model in record.models for number, fact in model.parameters.items() if fact.is_unused}
     names = [name for number, name in usual.names.items() if name in usual.now and number not in unused]
     numbers = sum(usual.trace.parameters[name].numel() for name in names)
     total = sum(fact.numel for model in _with_any(record, usual, names) for fact in model.parameters.values())

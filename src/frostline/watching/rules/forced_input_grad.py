@@ -16,7 +16,7 @@ from frostline.watching.places import is_hidden
 from frostline.watching.record import ModelFact, Record
 from frostline.watching.rules import Rule
 from frostline.watching.steps import Steps
-from frostline.watching.wording import before
+from frostline.watching.wording import before, called
 
 ID = "forced-input-grad"
 FINE = "that gradient is read by code of yours, or a reentrant checkpoint needs it."
@@ -43,13 +43,14 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
     shapes = ", ".join(str(list(shape)) for shape in usual.fact.forced[:3])
     wasted = now.step_flops - fixed.step_flops
     optimizer = next(iter(record.stepped), None)
+    place = None if optimizer is None else optimizer.place
     yield Finding(
         rule=ID,
         level=Level.WASTE,
         text=f"a tensor made inside {model.variable or model.kind}, {shapes}, requires grad though nothing before it "
         f"trains (requires_grad_(), such as enable_input_require_grads()): {share(wasted, now.step_flops)} of the step "
         "carries the gradient there.",
-        place=str(None if optimizer is None else optimizer.place or ""),
+        place=str(place or ""),
         parameters=(),
         modules=(),
         evidence=(
@@ -59,17 +60,16 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
         now=Figures.of(now),
         fixed=fixed,
         basis=usual.basis,
-        fix=before(None if optimizer is None else optimizer.place, _code(model), "before the training"),
+        fix=before(place, _code(model, called(model, place)), "before the training", model),
         fine=FINE,
         effect=effect,
     )
 
 
-def _code(model: ModelFact) -> str:
-    called = model.variable or "model"
+def _code(model: ModelFact, name: str) -> str:
     if hasattr(model.module, "disable_input_require_grads"):
-        return f"{called}.disable_input_require_grads()"
-    return f"# take out the requires_grad_() that {called}'s forward, or a hook of it, calls on what it computes"
+        return f"{name}.disable_input_require_grads()"
+    return f"# take out the requires_grad_() that {name}'s forward, or a hook of it, calls on what it computes"
 
 
 @contextlib.contextmanager

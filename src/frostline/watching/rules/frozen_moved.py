@@ -8,16 +8,20 @@ from frostline.watching.finding import Finding, Level
 from frostline.watching.record import ModelFact, MovedFact, ParameterFact, Record
 from frostline.watching.rules import Rule
 from frostline.watching.steps import Steps
-from frostline.watching.wording import before, count, made, modules_of, named, names_of, parts_of, variable
+from frostline.watching.wording import before, called, count, made, modules_of, named, names_of, parts_of
 
 ID = "frozen-moved"
 FINE = "the last momentum is meant to run out after the freezing."
 
 
 def find(record: Record, steps: Steps) -> Iterator[Finding]:
-    """Parameters without ``requires_grad`` whose values changed within an optimizer's own step."""
+    """Parameters without ``requires_grad``, but with it before, whose values changed within an optimizer's own step.
+
+    What never required it is moved on purpose: its ``.grad`` was written by hand (evolution strategies).
+    """
     for model in record.models:
-        moves = [move for move in record.frozen_moves if move.parameter in model.parameters]
+        frozen = {number for number, fact in model.parameters.items() if fact.was_trainable or fact.reached}
+        moves = [move for move in record.frozen_moves if move.parameter in frozen]
         if moves:
             facts = [fact for n, fact in model.parameters.items() if any(move.parameter == n for move in moves)]
             yield _finding(record, model, facts, moves)
@@ -28,7 +32,7 @@ def _finding(record: Record, model: ModelFact, facts: list[ParameterFact], moves
     optimizers = [each for each in record.optimizers if each.number in numbers]
     most = max(moves, key=lambda move: move.most)
     place = optimizers[0].step_place
-    code = f"for parameter in {variable(model)}.parameters():\n    if not parameter.requires_grad:\n"
+    code = f"for parameter in {called(model, place)}.parameters():\n    if not parameter.requires_grad:\n"
     code += "        parameter.grad = None"
     return Finding(
         rule=ID,
@@ -44,7 +48,7 @@ def _finding(record: Record, model: ModelFact, facts: list[ParameterFact], moves
             f"{record.spelled(model, model.parameters[most.parameter].name)} by up to {most.most:.3g} in one step",
             "their .grad was not None (zero_grad(set_to_none=False), or no zero_grad after the freezing)",
         ),
-        fix=before(place, code, "before every step of the optimizer"),
+        fix=before(place, code, "before every step of the optimizer", model),
         fine=FINE,
     )
 

@@ -41,8 +41,7 @@ def _finding(
     place = optimizers[0].place
     evidence = [
         f"{count(len(facts), 'tensor')} ({sum(fact.numel for fact in facts):,} numbers): .grad was None at all of "
-        f"{count(record.num_steps, 'optimizer step')}, and their values are "
-        + ("the same bits as at the beginning" if not any(f.moved for f in facts) else "moved by other code"),
+        f"{count(record.num_steps, 'optimizer step')}, and their values are the same bits as at the beginning",
     ]
     if ran:
         where = named(record, model, list(dict.fromkeys(fact.name.rpartition(".")[0] for fact in ran)))

@@ -8,7 +8,7 @@ from frostline.watching.finding import Finding, Level
 from frostline.watching.record import LeakFact, ModelFact, Record
 from frostline.watching.rules import Rule
 from frostline.watching.steps import Steps
-from frostline.watching.wording import before, made
+from frostline.watching.wording import before, called, made
 
 ID = "partial-mask-leak"
 FINE = "the masked rows are meant to decay."
@@ -27,13 +27,14 @@ def _finding(record: Record, model: ModelFact, leak: LeakFact) -> Finding:
     fact = model.parameters[leak.parameter]
     name = record.spelled(model, fact.name)
     optimizer = record.optimizers[leak.optimizer]
-    called = optimizer.variable or "optimizer"
+    place = optimizer.step_place if leak.weight_decay else None
+    name_there = called(optimizer, place)
     if leak.weight_decay:
         why = f"weight decay ({leak.weight_decay:g})"
-        code = f'for group in {called}.param_groups:\n    group["weight_decay"] = 0.0'
+        code = f'for group in {name_there}.param_groups:\n    group["weight_decay"] = 0.0'
     else:
         why = "momentum of steps before the mask"
-        code = f"{called}.state.clear()  # once, when the mask is set"
+        code = f"{name_there}.state.clear()  # once, when the mask is set"
     size = fact.parameter[0].numel()
     return Finding(
         rule=ID,
@@ -48,7 +49,7 @@ def _finding(record: Record, model: ModelFact, leak: LeakFact) -> Finding:
             f"the gradient is dense, {leak.rows * size:,} numbers, and so is the optimizer's state, where "
             f"{(leak.rows - leak.masked) * size:,} are wanted",
         ),
-        fix=before(optimizer.step_place if leak.weight_decay else None, code, "where the mask is set"),
+        fix=before(place, code, "where the mask is set", optimizer),
         fine=FINE,
     )
 

@@ -9,7 +9,7 @@ from frostline.watching.places import Place
 from frostline.watching.record import ApartFact, ModelFact, Record, WrapFact
 from frostline.watching.rules import Rule
 from frostline.watching.steps import Steps
-from frostline.watching.wording import before, count, named, names_of, parts_of, variable
+from frostline.watching.wording import before, called, count, named, names_of, parts_of
 
 ID = "ranks-differ"
 FINE = "each rank trains a network of its own, or they are averaged later."
@@ -64,17 +64,18 @@ def _left_out(wrap: WrapFact, apart: list[ApartFact]) -> bool:
 def _way_out(
     record: Record, model: ModelFact, wrap: WrapFact | None, apart: list[ApartFact]
 ) -> tuple[Place | None, Fix]:
-    called = variable(model)
     if wrap is None:
         optimizer = next(iter(record.stepped), None)
         place = None if optimizer is None else optimizer.place
-        code = f"{called} = torch.nn.parallel.DistributedDataParallel({called})"
-        return place, before(place, code, "before the training begins")
+        name = called(model, place)
+        code = f"{name} = torch.nn.parallel.DistributedDataParallel({name})"
+        return place, before(place, code, "before the training begins", model)
     if _left_out(wrap, apart):
         parts = [model.parameters[each.parameter] for each in apart]
         code = "".join(f"# {fact.name}: requires_grad_(True)\n" for fact in parts[:4])
         return wrap.place, before(wrap.place, f"{code}# ... before this line, or wrap it again once they train", "")
-    code = f"for parameter in {called}.parameters():\n    torch.distributed.broadcast(parameter.data, 0)"
+    name = called(model, wrap.place)
+    code = f"for parameter in {name}.parameters():\n    torch.distributed.broadcast(parameter.data, 0)"
     return wrap.place, Fix(code, "where the ranks are to be the same again (and find what moves them apart)")
 
 

@@ -16,7 +16,7 @@ from frostline.watching.record import ModelFact, ParameterFact, Record
 from frostline.watching.rules import Rule
 from frostline.watching.rules.early_param_forces_backward import MOSTLY_FROZEN, WORTH
 from frostline.watching.steps import Steps, TracedPass
-from frostline.watching.wording import before, optimizers_of, variable
+from frostline.watching.wording import before, called, optimizers_of
 
 ID = "tied-surprise"
 FINE = "embedding and head are meant to train together."
@@ -90,8 +90,8 @@ def _finding(
     optimizers = optimizers_of(record, [fact])
     place = optimizers[0].place if optimizers else None
     embedding = next(name for name in (fact.name, *fact.aliases) if name != head)
-    written = expression(model.module, variable(model), head)
-    other = expression(model.module, variable(model), embedding)
+    written = expression(model.module, called(model, place), head)
+    other = expression(model.module, called(model, place), embedding)
     saved = now.step_flops - fixed.step_flops
     return Finding(
         rule=ID,
@@ -112,6 +112,7 @@ def _finding(
             place,
             f"{written} = torch.nn.Parameter({written}.detach().clone())\n{other}.requires_grad_(False)",
             "before the optimizer is made",
+            model,
         ),
         fine=FINE,
         effect=effect,

@@ -8,9 +8,8 @@ from frostline.reports.units import bytes_text, share
 from frostline.watching.finding import Effect, Figures, Finding, Level
 from frostline.watching.record import Record
 from frostline.watching.rules import Rule
-from frostline.watching.rules.unowned_grad import is_unused
 from frostline.watching.steps import Steps
-from frostline.watching.wording import before, variable
+from frostline.watching.wording import before, called
 
 ID = "unneeded-saved-tensors"
 FINE = "memory is no concern, or the step is short: kernels in Python cost time where steps take milliseconds."
@@ -22,7 +21,7 @@ LEAST = 1 << 20
 def find(record: Record, steps: Steps) -> Iterator[Finding]:
     """A step of which a part is frozen and that would keep much less within ``fl.train_only``."""
     usual = steps.usual()
-    unused = {number for model in record.models for number, fact in model.parameters.items() if is_unused(fact)}
+    unused = {number for model in record.models for number, fact in model.parameters.items() if fact.is_unused}
     if usual is None or usual.fact.lean or usual.share_trained() == 1 or len(usual.fact.replay.models) > 1:  # type: ignore[union-attr]
         return
     now = usual.without(unused)
@@ -36,13 +35,13 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
     if model is None or less < LEAST or less < WORTH * now.saved_bytes:
         return
     optimizer = next(iter(record.stepped), None)
-    called = variable(model)
+    place = None if optimizer is None else optimizer.place
     yield Finding(
         rule=ID,
         level=Level.WASTE,
         text=f"{bytes_text(less)} of the {bytes_text(now.saved_bytes)} that autograd keeps for backward "
         f"({share(less, now.saved_bytes)}) are read by no gradient that is asked for.",
-        place=str(optimizer.place or "") if optimizer is not None else "",
+        place=str(place or ""),
         parameters=(),
         modules=(),
         evidence=(
@@ -52,9 +51,10 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
         fixed=Figures.of(fixed),
         basis=fixed.basis["saved_bytes"],
         fix=before(
-            None if optimizer is None else optimizer.place,
-            f"import frostline\nrun = frostline.train_only({called})  # until run.close()",
+            place,
+            f"import frostline\nrun = frostline.train_only({called(model, place)})  # until run.close()",
             "before the optimizer is made",
+            model,
         ),
         fine=FINE,
         effect=Effect(method="train-only"),

@@ -10,7 +10,7 @@ from frostline.watching.record import ModelFact, OptimizerFact, ParameterFact, R
 from frostline.watching.rules import Rule
 from frostline.watching.rules.stale_optimizer import stale
 from frostline.watching.steps import Steps
-from frostline.watching.wording import count, freeze, made, modules_of, named, names_of, parts_of
+from frostline.watching.wording import count, freeze, made, modules_of, named, names_of, parts_of, take_in
 
 ID = "unowned-grad"
 FINE = (
@@ -25,20 +25,15 @@ def find(record: Record, steps: Steps) -> Iterator[Finding]:
     The gradient must have come from a backward that an optimizer's parameters were reached by too.
     """
     holders = record.owned
-    replaced = {number for _, _, new in stale(record) for number in new}
+    replaced = {number for each in stale(record) for number in each.new}
     for model in record.models:
-        unused = {number: fact for number, fact in model.parameters.items() if is_unused(fact)}
+        unused = {number: fact for number, fact in model.parameters.items() if fact.is_unused}
         unused = {number: fact for number, fact in unused.items() if number not in replaced}
         passes = [each for each in record.passes if each.accumulates and each.reached & unused.keys()]
         numbers = {n for each in passes for number in each.reached for n in holders.get(number, ())}
         optimizers = [each for each in record.stepped if each.number in numbers]
         if optimizers:
             yield _finding(record, steps, model, list(unused.values()), optimizers)
-
-
-def is_unused(fact: ParameterFact) -> bool:
-    """Whether it got a gradient that neither an optimizer nor code by hand made use of."""
-    return fact.got_gradient and fact.was_trainable and not fact.owners and not fact.moved
 
 
 def _finding(
@@ -51,8 +46,8 @@ def _finding(
     parts = parts_of(model, unused)
     what = named(record, model, parts)
     text = f"the backward computes gradients for {what}, and no optimizer uses them."
-    if now is not None and fixed is not None and now.backward_flops:
-        wasted = now.backward_flops - fixed.backward_flops
+    wasted = 0 if now is None or fixed is None else now.backward_flops - fixed.backward_flops
+    if now is not None and wasted:
         text = (
             f"{share(wasted, now.backward_flops)} of the backward ({flops_text(wasted)} of "
             f"{flops_text(now.backward_flops)}) is thrown away: it computes gradients for {what}, and no optimizer "
@@ -80,7 +75,9 @@ def _finding(
         now=None if now is None else Figures.of(now),
         fixed=None if fixed is None else Figures.of(fixed),
         basis="" if traced is None else traced.basis,
-        fix=freeze(model, parts, place),
+        fix=take_in(model, parts, optimizers[0])
+        if all(fact.was_frozen for fact in unused)
+        else freeze(model, parts, place),
         fine=FINE,
         effect=Effect(freezes=frozenset(numbers)),
     )

@@ -20,10 +20,12 @@ def ungraded(record: Record, is_meant: Callable[[ModuleFact | None], bool]) -> I
 ]:  # fmt: skip
     """For each model: trainable parameters that optimizers step and that never got a gradient.
 
-    ``is_meant``: asked of the module that owns each.
+    Not those that moved: without a gradient an optimizer moves nothing, so other code trains them (a mean teacher). Nor
+    those that another took the place of. ``is_meant``: asked of the module that owns each.
     """
     for model in record.models:
         modules = {fact.name: fact for fact in model.modules.values()}
+        replaced = model.replaced
         facts = [
             fact
             for fact in model.parameters.values()
@@ -31,6 +33,8 @@ def ungraded(record: Record, is_meant: Callable[[ModuleFact | None], bool]) -> I
             and fact.was_trainable
             and not fact.was_frozen
             and not fact.got_gradient
+            and not fact.moved
+            and id(fact.parameter) not in replaced
             and is_meant(modules.get(fact.name.rpartition(".")[0]))
         ]
         optimizers = optimizers_of(record, facts)

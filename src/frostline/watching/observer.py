@@ -397,9 +397,9 @@ class Observer:
         self._look_at_pace()
 
     def _let_go_of_strangers(self, fact: OptimizerFact) -> None:
-        """Keep no optimizer alive all of whose parameters train and are of no model that is looked at."""
+        """Keep no optimizer alive all of whose parameters train, and neither are nor meet those that are looked at."""
         numbers = {id(parameter) for parameter in fact.parameters()}
-        if numbers <= self.record.stray:
+        if numbers <= self.record.stray and not any(numbers & each.reached for each in self.record.passes):
             self.record.stray -= numbers
             fact.optimizer = None
 
@@ -452,7 +452,7 @@ class Observer:
             found = {number: each for number, each in found.items() if number in wanted}
         reached = frozenset(found.keys() & self._by_parameter.keys())
         self._reached(reached, accumulates)
-        held = frozenset(found.keys() & self.record.owned.keys())  # (an image that is optimized is in no model)
+        held = frozenset(found.keys() & self.record.owned.keys() if reached else ())  # (an image is in no model)
         given = self._tape.given()
         forced = tuple(
             tuple(each.shape)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,8 +44,8 @@ HEAD = ("network", "budget", "of it: predicted", "really run", "machine's pace",
 class Row:
     """One plan. FLOPs, bytes or seconds; ``stated_error`` in the same unit, 0 where counts are exact.
 
-    ``pace``: times as long the machine took for a reference kernel when the plan ran as when it was predicted; 1 where
-    the figure is none of time.
+    ``pace``: times as long the machine took for a reference kernel when the network's plans ran, turn by turn, as when
+    they were predicted; 1 where the figure is none of time.
     """
 
     network: str
@@ -86,6 +87,8 @@ def rows_of(network: str, rounds: int | None) -> Iterator[Row]:
     outcomes = measure_cases(
         source, cases, rounds=rounds, threads=torch.get_num_threads(), together=True, reference=Reference(trace.device)
     )
+    looks = [each.measured.reference_seconds for each in outcomes if each.measured is not None]
+    pace = statistics.median(look for look in looks if look is not None) / timed_at  # (turn by turn: one for all)
     for (figure, share), plan, outcome in zip(asked, plans, outcomes, strict=True):
         found, cost = outcome.measured, trace.cost(plan, method=METHOD)
         if found is None:
@@ -98,10 +101,9 @@ def rows_of(network: str, rounds: int | None) -> Iterator[Row]:
             "step_seconds": found.step_seconds,
         }[figure]
         stated = {"peak_bytes": PEAK_ERROR * cost.peak_bytes, "step_seconds": cost.seconds.uncertainty}
-        assert found.reference_seconds is not None
-        pace = found.reference_seconds / timed_at if figure == "step_seconds" else 1.0
-        error = stated.get(figure, 0.0)
-        yield Row(network, figure, share, plan.budget[figure], getattr(cost, figure), measured, error, pace)
+        error, in_time = stated.get(figure, 0.0), figure == "step_seconds"
+        limit, predicted = plan.budget[figure], getattr(cost, figure)
+        yield Row(network, figure, share, limit, predicted, measured, error, pace if in_time else 1.0)
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -96,7 +96,6 @@ class Run:
         self.frozen_modules: tuple[str, ...] = ()
         self.freeze_buffers = freeze_buffers
         self._names = names
-        self._inner = inner
         self._thread = threading.get_ident()
         self._entered = False
         _refuse_slices(self.subset)
@@ -142,7 +141,7 @@ class Run:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that train, by name, in the model's order; those that have the names now."""
         for name in self.subset:
-            yield name, standing(self._inner, name, self._names.params[name])
+            yield name, standing(self._names.model, name, self._names.params[name])
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that train: hand these to the optimizer, which must not own (and so decay) any other."""
